@@ -1,0 +1,38 @@
+# Every target sets up what it needs; PYTHON names the interpreter to build the environment with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-slow check bench clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed ## an environment with everything that is tested
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup ## the main job, shown on two real fine-tunes; results in demo-out/
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: setup check ## everything in tests/
+	$(BIN)/python -m pytest tests
+
+test-slow: setup ## what takes minutes
+	$(BIN)/python -m pytest tests -m slow
+
+check: setup ## formatting, lint, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## the README's table of sizes and speeds
+	$(BIN)/python benchmarks/llama_half_billion.py
+
+clean: ## remove the environment and what runs left
+	rm -rf $(VENV) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

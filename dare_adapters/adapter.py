@@ -1,0 +1,264 @@
+"""An adapter directory as a source of deltas: open, verify, copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dare_adapters.checkpoint import first_non_finite
+from dare_adapters.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    DareConfig,
+    ParameterEntry,
+    tensor_key,
+)
+from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
+from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
+from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
+from dare_adapters.output import complete_directory
+from dare_adapters.stored_support import StoredSupport, decode_support
+from dare_adapters.tensor_file import file_sha256
+
+__all__ = ["Adapter", "resolve_adapter"]
+
+
+class Adapter(Mapping[str, "Delta | NewParameter"]):
+    """One adapter; a parameter is read when it is asked for.
+
+    Open one with :meth:`open` or :meth:`from_pretrained`.
+
+    Attributes:
+        path: the directory.
+        config: its adapter_config.json.
+    """
+
+    def __init__(self, path: Path, config: DareConfig, reader: Any) -> None:
+        self.path, self.config = path, config
+        self._reader = reader
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Adapter:
+        """Open an adapter directory.
+
+        Every tensor's name, dtype and shape is compared with the config before any is read.
+
+        Args:
+            path: the directory.
+            verify: also compare the SHA-256 of the tensors file, and look at every number in it.
+
+        Raises:
+            AdapterNotFoundError: there is no adapter.
+            AdapterFormatError: it is damaged or contradicts itself.
+        """
+        path = Path(path)
+        if not (path / CONFIG_NAME).is_file():
+            raise AdapterNotFoundError(f"{path}: no {CONFIG_NAME}; this is not an adapter")
+        config = DareConfig.load(path)
+        weights = path / WEIGHTS_NAME
+        if not weights.is_file():
+            raise AdapterNotFoundError(f"{path}: {CONFIG_NAME} is there, {WEIGHTS_NAME} is not")
+        if verify and file_sha256(weights) != config.sha256:
+            raise AdapterFormatError(
+                f"{weights}: its SHA-256 is not the one in {CONFIG_NAME}; the file is truncated, "
+                "damaged or of another adapter: get it again"
+            )
+        try:
+            reader: Any = safe_open(weights, framework="pt")
+            found = {key: _describe(reader, key) for key in reader.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterFormatError(f"{weights}: not a safetensors file ({error})") from error
+        _compare(weights, config.tensors(), found)
+        adapter = cls(path, config, reader)
+        if verify:
+            for name in adapter:
+                adapter.check(name)
+        return adapter
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool = True,
+    ) -> Adapter:
+        """Open a local adapter directory, or download one from the Hugging Face hub."""
+        return cls.open(resolve_adapter(source, revision, token), verify=verify)
+
+    def __getitem__(self, name: str) -> Delta | NewParameter:
+        entry = self.config.parameters[name]
+        if entry.kind == "new":
+            return NewParameter(self._tensor(name, "value"))
+        added = self._tensor(name, "rows") if entry.added_rows else None
+        if entry.kind == "dense":
+            return DenseDelta(self._tensor(name, "delta"), added)
+        return self._sparse(name, entry, added)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.config.parameters)
+
+    def __len__(self) -> int:
+        return len(self.config.parameters)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Adapter({str(self.path)!r}, base={c.base_model_name_or_path!r}, method={c.method!r}, "
+            f"drop_rate={c.drop_rate}, bits={c.bits}, parameters={len(self)})"
+        )
+
+    def deltas(self) -> Iterator[tuple[str, Delta]]:
+        """The parameters that the base has too."""
+        for name, entry in self.config.parameters.items():
+            if entry.kind != "new":
+                delta = self[name]
+                assert isinstance(delta, Delta)
+                yield name, delta
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of config and tensors on disk."""
+        return sum((self.path / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+    def check(self, name: str) -> None:
+        """Look at every stored number of one parameter.
+
+        Raises:
+            AdapterFormatError: NaN or infinity, a negative scale, a support outside the parameter
+                or of another size than its values.
+        """
+        entry = self.config.parameters[name]
+        for key in entry.tensors(name):
+            tensor = self._reader.get_tensor(key)
+            if tensor.is_floating_point() and first_non_finite(tensor.view(-1)) is not None:
+                raise AdapterFormatError(f"{self.path}: {key} holds NaN or infinity")
+            if key.endswith("_scales") and bool((tensor < 0).any()):
+                raise AdapterFormatError(f"{self.path}: {key} holds a negative scale")
+        if entry.kind == "sparse" and entry.mask != "blocked":
+            delta = self[name]
+            assert isinstance(delta, SparseDelta)
+            delta.check_sizes(name)
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Copy the adapter, with its companions and model card, to another directory."""
+        out = Path(out)
+        with complete_directory(out, overwrite) as directory:
+            # The config last: a directory without it is not an adapter.
+            files = sorted(self.path.iterdir(), key=lambda file: file.name == CONFIG_NAME)
+            for file in files:
+                if file.is_file():
+                    shutil.copyfile(file, directory / file.name)
+        return out
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload DARE adapter",
+    ) -> str:
+        """Upload the adapter to the Hugging Face hub; the address of the commit."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=self.path,
+            revision=revision,
+            commit_message=commit_message,
+        )
+        return str(done.commit_url)
+
+    def _tensor(self, name: str, part: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._reader.get_tensor(tensor_key(name, part))
+        return tensor
+
+    def _sparse(self, name: str, entry: ParameterEntry, added: torch.Tensor | None) -> SparseDelta:
+        assert entry.bits is not None
+        return SparseDelta(
+            entry.shape,
+            self._support(name, entry),
+            entry.bits,
+            self._tensor(name, "values").view(-1),
+            self._tensor(name, "scales") if entry.bits < 16 else None,
+            entry.exponent,
+            added,
+        )
+
+    def _support(self, name: str, entry: ParameterEntry) -> Support:
+        rows, columns = matrix_shape(entry.shape)
+        seed = self.config.seed
+        if entry.mask == "blocked":
+            assert entry.block is not None
+            return BlockedSupport(seed, name, rows, columns, entry.block)
+        if entry.mask == "bernoulli":
+            assert entry.drop_rate is not None
+            return BernoulliSupport(seed, name, rows, columns, entry.drop_rate)
+        data = self._tensor(name, "support").numpy()
+        if entry.mask == "bitmap":
+            return StoredSupport(data, rows, columns)
+        return decode_support("gaps", data, rows, columns, name)
+
+
+def resolve_adapter(
+    source: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The local directory of an adapter, downloaded where `source` is a hub id.
+
+    Raises:
+        AdapterNotFoundError: it is neither a directory nor on the hub.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AdapterNotFoundError(f"{source} is a file; an adapter is a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            str(source), revision=revision, token=token, ignore_patterns=["*/*", "*.bin", "*.pt"]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterNotFoundError(
+            f"{str(source)!r} is neither a directory nor an adapter that the hub can give: {error}"
+        ) from error
+    return Path(found)
+
+
+def _describe(reader: Any, key: str) -> tuple[str, tuple[int, ...]]:
+    view = reader.get_slice(key)
+    return view.get_dtype(), tuple(view.get_shape())
+
+
+def _compare(
+    file: Path,
+    expected: dict[str, tuple[str, tuple[int, ...]]],
+    found: dict[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    """Refuse a tensors file that is not what its config says.
+
+    Raises:
+        AdapterFormatError: the first tensor that is missing, unknown, or of another kind.
+    """
+    for key in expected.keys() | found.keys():
+        if expected.get(key) != found.get(key):
+            raise AdapterFormatError(
+                f"{file}: {key} is {_tell(found.get(key))}, the config says "
+                f"{_tell(expected.get(key))}"
+            )
+
+
+def _tell(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"

@@ -1,0 +1,296 @@
+"""Hugging Face checkpoints, read lazily: single or sharded safetensors, `.bin` as weights only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dare_adapters.errors import CheckpointError
+
+__all__ = ["Checkpoint", "ParameterInfo", "first_non_finite", "open_checkpoint", "read_json"]
+
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+MAX_JSON_BYTES = 64 << 20
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What is known of a stored tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of a model directory by checkpoint name; each is read when it is asked for.
+
+    Attributes:
+        path: the directory.
+        config: config.json, or {} where there is none.
+        info: shape and dtype of every tensor.
+        shards: file name -> tensor names, in the order of the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = _optional_json(path / "config.json")
+        self.info: dict[str, ParameterInfo] = {}
+        self.shards: dict[str, list[str]] = {}
+        self._readers: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file, names in _list_shards(path).items():
+            self._open(file, names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, memory-mapped where the file allows it: do not write to it."""
+        reader = self._readers[self._file_of[name]]
+        if isinstance(reader, dict):
+            tensor: torch.Tensor = reader[name]
+        else:
+            tensor = reader.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.info
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.info.values())
+
+    @property
+    def architectures(self) -> list[str]:
+        """Class names from the config."""
+        named = self.config.get("architectures")
+        return [str(name) for name in named] if isinstance(named, list) else []
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding."""
+        text = self.config.get("text_config")
+        own = text if isinstance(text, dict) else {}
+        return bool(self.config.get("tie_word_embeddings", own.get("tie_word_embeddings", False)))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, as the config has it."""
+        text = self.config.get("text_config")
+        own = text if isinstance(text, dict) else {}
+        size = self.config.get("vocab_size", own.get("vocab_size"))
+        return size if isinstance(size, int) else None
+
+    def _open(self, file: str, names: list[str] | None) -> None:
+        full = self.path / file
+        if file.endswith(".safetensors"):
+            try:
+                reader: Any = safe_open(full, framework="pt")
+                found = list(reader.keys())
+                info = {name: _slice_info(reader, name, full) for name in found}
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{full}: not a readable safetensors file ({error}); download it again"
+                ) from error
+        else:
+            reader = _load_pickled(full)
+            info = {
+                name: ParameterInfo(tuple(value.shape), value.dtype)
+                for name, value in reader.items()
+            }
+        for name in info if names is None else names:
+            if name not in info:
+                raise CheckpointError(
+                    f"{self.path}: the index says {name} is in {file}, but it is not; "
+                    "the shards and the index are of different versions"
+                )
+            if name in self.info:
+                raise CheckpointError(f"{self.path}: {name} is in two shards")
+            self.info[name] = info[name]
+            self._file_of[name] = file
+            self.shards.setdefault(file, []).append(name)
+        self._readers[file] = reader
+
+
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> Checkpoint:
+    """Open a local model directory, or a model of the Hugging Face hub.
+
+    Args:
+        source: a directory, or a hub id such as "meta-llama/Llama-2-13b-hf".
+        revision: branch, tag or commit; for hub ids only.
+        token: hub access token.
+
+    Raises:
+        CheckpointError: nothing is there, a shard is missing or damaged.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        path = _download(str(source), revision, token)
+    return Checkpoint(path)
+
+
+def _download(repo: str, revision: str | None, token: str | bool | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    small = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    found: Path | None = None
+    try:
+        # Weights in the pickle format are fetched only where there are no others.
+        for weights in (["*.safetensors"], ["pytorch_model*.bin"]):
+            found = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=weights + small,
+                    ignore_patterns=["*/*"],
+                )
+            )
+            if _has_weights(found):
+                return found
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a directory nor a model that the hub can give: {error}"
+        ) from error
+    raise CheckpointError(f"{repo!r} has neither safetensors nor pytorch_model.bin weights")
+
+
+def _has_weights(path: Path) -> bool:
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    return any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+
+def _list_shards(path: Path) -> dict[str, list[str] | None]:
+    """File name -> the tensors that the index puts in it (None: all that it has)."""
+    for single in (SAFETENSORS, PICKLED):
+        if (path / single).is_file():
+            return {single: None}
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            return _read_index(path, index)
+    raise CheckpointError(
+        f"{path}: no weights; expected {SAFETENSORS}, {PICKLED}, or one of them with .index.json"
+    )
+
+
+def _read_index(path: Path, index: Path) -> dict[str, list[str] | None]:
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map")
+    shards: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {name} is said to be in {file!r}, not a file name")
+        names = shards.setdefault(file, [])
+        assert names is not None
+        names.append(name)
+    missing = [file for file in shards if not (path / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}"
+        )
+    return shards
+
+
+def _slice_info(reader: Any, name: str, file: Path) -> ParameterInfo:
+    view = reader.get_slice(name)
+    dtype = DTYPES.get(view.get_dtype())
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: {name} has the dtype {view.get_dtype()}; this library reads "
+            f"{', '.join(DTYPES)} (a quantised checkpoint has no delta of plain numbers)"
+        )
+    return ParameterInfo(tuple(view.get_shape()), dtype)
+
+
+def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """A `.bin` file without running any code in it."""
+    error: Exception | None = None
+    for mmap in (True, False):  # files of torch before 1.6 cannot be mapped
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except Exception as failure:
+            error = failure
+    else:
+        raise CheckpointError(
+            f"{file}: cannot be read with torch.load(weights_only=True) ({error}); "
+            "it is damaged, or holds objects other than tensors: convert it to safetensors"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{file}: not a dictionary of tensors")
+    return state
+
+
+def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; `error` is raised for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise error(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{path}: not readable as JSON ({failure})") from failure
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path, CheckpointError) if path.is_file() else {}
+
+
+# Every IEEE format orders its bit patterns: from infinity upwards nothing is finite.
+_INFINITY = {
+    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
+    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    torch.float64: (np.int64, np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
+}
+
+
+def first_non_finite(flat: torch.Tensor) -> int | None:
+    """Position of the first NaN or infinity of a flat CPU float tensor, or None."""
+    if not flat.numel():
+        return None
+    signed, unsigned, positive, negative = _INFINITY[flat.dtype]
+    bits = flat.view(getattr(torch, signed.__name__)).numpy()
+    if int(bits.max()) < positive and int(bits.view(unsigned).max()) < negative:
+        return None
+    return int(torch.nonzero(~torch.isfinite(flat))[0])

@@ -1,0 +1,262 @@
+"""How one parameter changes: sparse or dense, read and applied a range of rows at a time.
+
+The arithmetic of applying is here and nowhere else, so that a live model and an exported
+checkpoint agree bit for bit: all deltas are summed in float32, added to the base in float32,
+and rounded once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dare_adapters import codec
+from dare_adapters.errors import AdapterFormatError
+from dare_adapters.mask import Slots, Support, matrix_shape
+from dare_adapters.matrix import MatrixView
+
+__all__ = ["Delta", "DenseDelta", "NewParameter", "SparseDelta", "WeightedDelta", "apply_rows"]
+
+# Entries that one step works on: small enough for a core's cache, large enough to hide dispatch.
+STEP_ENTRIES = 1 << 15
+
+
+class Delta(ABC):
+    """Fine-tune minus base of one parameter.
+
+    Attributes:
+        shape: shape of the base parameter.
+        rows, columns: the matrix it is seen as (`mask.matrix_shape`).
+        added_rows: values of vocabulary rows that the base does not have, or None;
+            (m, *shape[1:]), the fine-tune's dtype.
+    """
+
+    def __init__(self, shape: tuple[int, ...], added_rows: torch.Tensor | None = None) -> None:
+        self.shape = tuple(shape)
+        self.rows, self.columns = matrix_shape(self.shape)
+        self.added_rows = added_rows
+
+    @property
+    @abstractmethod
+    def entries_per_row(self) -> int:
+        """About how many entries of a row change."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The change of rows start … stop - 1.
+
+        Returns:
+            index: int64 (m,), flat positions `(row - start) * columns + column`, or None: all.
+            values: float32 (m,).
+        """
+
+    def positions(self, start: int, stop: int) -> torch.Tensor | None:
+        """The index that :meth:`read` returns."""
+        return self.read(start, stop)[0]
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows, in order, each about `STEP_ENTRIES` changed entries."""
+        step = max(1, STEP_ENTRIES // max(self.entries_per_row, 1))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+    def dense(self) -> torch.Tensor:
+        """The whole change, float32 of `shape`; dropped entries are zero."""
+        flat = torch.zeros(self.rows * self.columns)
+        for start, stop in self.row_ranges():
+            index, values = self.read(start, stop)
+            part = flat[start * self.columns : stop * self.columns]
+            if index is None:
+                part.copy_(values)
+            else:
+                part[index] = values
+        return flat.view(self.shape)
+
+
+class DenseDelta(Delta):
+    """A change of every entry.
+
+    Args:
+        values: any float dtype, shape of the parameter.
+    """
+
+    def __init__(self, values: torch.Tensor, added_rows: torch.Tensor | None = None) -> None:
+        super().__init__(tuple(values.shape), added_rows)
+        self.values = values
+
+    @property
+    def entries_per_row(self) -> int:
+        return self.columns
+
+    def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
+        flat = self.values.reshape(-1)
+        part = flat[start * self.columns : stop * self.columns]
+        return None, part.to(torch.float32)
+
+
+class SparseDelta(Delta):
+    """A change of the entries of a support, stored as :mod:`dare_adapters.codec` describes.
+
+    Args:
+        shape: of the parameter.
+        support: which entries change.
+        bits: 32 or 16 (float values), or 8, 4, 2, 1 (packed codes).
+        values: float (slots,) or packed uint8 (bytes,), rows one after the other.
+        scales: float16 (rows,), with `exponent`; None at 32 and 16 bits.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        support: Support,
+        bits: int,
+        values: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        exponent: int = 0,
+        added_rows: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(shape, added_rows)
+        self.support, self.bits = support, bits
+        self.values, self.scales, self.exponent = values, scales, exponent
+
+    @property
+    def entries_per_row(self) -> int:
+        if self.support.row_counts is None:
+            return self.support.slots_per_row
+        return max(1, self.support.slot_count // max(self.rows, 1))
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = self.support.slots(start, stop)
+        matrix = self._read_values(start, stop, slots)
+        return slots.compact(slots.index), slots.compact(matrix)
+
+    def positions(self, start: int, stop: int) -> torch.Tensor:
+        slots = self.support.slots(start, stop)
+        return slots.compact(slots.index)
+
+    def check_sizes(self, name: str) -> None:
+        """Compare the values with the support, where the support alone says how many there are.
+
+        Raises:
+            AdapterFormatError: there are more or fewer values than survivors.
+        """
+        offsets = self._row_offsets
+        if offsets is not None and int(offsets[-1]) != self.values.numel():
+            raise AdapterFormatError(
+                f"{name}: its support needs {int(offsets[-1])} units of values, "
+                f"{self.values.numel()} are stored"
+            )
+
+    def _read_values(self, start: int, stop: int, slots: Slots) -> torch.Tensor:
+        """float32 (n, K), anything where a slot is unused."""
+        count, width = slots.index.shape
+        offsets = self._row_offsets
+        if offsets is None:
+            size = self._row_size
+            stored = self.values[start * size : stop * size].view(count, size)
+            if self.bits >= 16:
+                return stored.to(torch.float32)
+            codes = codec.unpack(stored, self.bits).reshape(count, -1)
+            codes = codes[:, :width]
+        else:
+            first, last = int(offsets[start]), int(offsets[stop])
+            stored = self.values[first:last]
+            per_unit = 1 if self.bits >= 16 else 8 // self.bits
+            row_start = torch.from_numpy((offsets[start:stop] - first) * per_unit)
+            place = (row_start[:, None] + torch.arange(width)).masked_fill_(~_full(slots), 0)
+            flat = stored if self.bits >= 16 else codec.unpack(stored, self.bits).reshape(-1)
+            codes = flat[place].to(torch.float32) if flat.numel() else place.to(torch.float32)
+            if self.bits >= 16:
+                return codes
+        return codes * self._row_scales[start:stop, None]
+
+    @cached_property
+    def _row_scales(self) -> torch.Tensor:
+        assert self.scales is not None
+        return torch.ldexp(self.scales.to(torch.float32), torch.tensor(self.exponent))
+
+    @cached_property
+    def _row_size(self) -> int:
+        """Units of `values` (floats or bytes) of each row, where all rows have the same."""
+        slots = self.support.slots_per_row
+        return slots if self.bits >= 16 else codec.bytes_per_row(slots, self.bits)
+
+    @cached_property
+    def _row_offsets(self) -> np.ndarray | None:
+        """Where each row starts in `values` (rows + 1,), or None where all are of one size."""
+        counts = self.support.row_counts
+        if counts is None:
+            return None
+        units = counts if self.bits >= 16 else -(-counts * self.bits // 8)
+        return np.concatenate([[0], np.cumsum(units)])
+
+
+def _full(slots: Slots) -> torch.Tensor:
+    assert slots.valid is not None
+    return slots.valid
+
+
+@dataclass(frozen=True)
+class NewParameter:
+    """A parameter that the base does not have, such as a task head: its value, whole."""
+
+    value: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """A delta and the factor that it is added with."""
+
+    delta: Delta
+    weight: float = 1.0
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        index, values = self.delta.read(start, stop)
+        return index, values if self.weight == 1.0 else values * self.weight
+
+
+def apply_rows(
+    target: MatrixView, deltas: Sequence[WeightedDelta], start: int, stop: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Add the deltas to rows start … stop - 1 of `target`, which holds base values, in place.
+
+    Returns:
+        index: where was written, int64 (m,) relative to row `start`; None: everywhere.
+        originals: what was there, (m,) in the dtype of `target`.
+    """
+    index, change = _sum(deltas, start, stop, target.columns)
+    index, change = target.on_device(index), change.to(target.device)
+    originals = target.take(start, stop, index)
+    target.put(start, stop, index, (originals.to(torch.float32) + change).to(originals.dtype))
+    return index, originals
+
+
+def _sum(
+    deltas: Sequence[WeightedDelta], start: int, stop: int, columns: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    if len(deltas) == 1:
+        return deltas[0].read(start, stop)
+    total = torch.zeros((stop - start) * columns)
+    touched: torch.Tensor | None = torch.zeros(total.shape, dtype=torch.bool)
+    for delta in deltas:
+        index, values = delta.read(start, stop)
+        if index is None:
+            total += values
+            touched = None
+        else:
+            total[index] += values  # positions of one delta never repeat
+            if touched is not None:
+                touched[index] = True
+    if touched is None:
+        return None, total
+    index = touched.nonzero().squeeze(1)
+    return index, total[index]

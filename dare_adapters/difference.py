@@ -1,0 +1,160 @@
+"""Fine-tune minus base, as a source of deltas: whole, or only where it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dare_adapters.checkpoint import Checkpoint, first_non_finite
+from dare_adapters.errors import CheckpointError
+from dare_adapters.mask import matrix_shape, parameter_key, philox_words
+from dare_adapters.pairing import Pairing
+
+__all__ = ["DeltaSample", "Difference", "ParameterDifference"]
+
+_RUNS, _RUN_LENGTH = 16, 256
+# Yu et al. 2024, section 4.5, speak of typical changes: the tail may be twice as far out.
+PAPER_SAFE, PAPER_FAILS = 0.005, 0.03
+
+
+@dataclass(frozen=True)
+class ParameterDifference:
+    """One parameter of both checkpoints, flat and memory-mapped.
+
+    Attributes:
+        name: the base's name.
+        base, finetuned: (rows * columns,), each in its own dtype; the rows both have.
+        added: what the fine-tune has beyond them, (m, …), or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: torch.Tensor
+    finetuned: torch.Tensor
+    added: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return matrix_shape(self.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        return matrix_shape(self.shape)[1]
+
+    def at(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The delta at positions relative to row `start`, float32, shape of `index`."""
+        low, high = start * self.columns, stop * self.columns
+        flat = index.reshape(-1)
+        base = self.base[low:high].index_select(0, flat).to(torch.float32)
+        finetuned = self.finetuned[low:high].index_select(0, flat).to(torch.float32)
+        return finetuned.sub_(base).view(index.shape)
+
+    def rows_between(self, start: int, stop: int) -> torch.Tensor:
+        """The delta of whole rows, float32 (n * columns,)."""
+        low, high = start * self.columns, stop * self.columns
+        finetuned = self.finetuned[low:high].to(torch.float32, copy=True)
+        return finetuned.sub_(self.base[low:high].to(torch.float32))
+
+    def check_finite(self, start: int, stop: int) -> None:
+        """Refuse NaN and infinity in some rows of either checkpoint.
+
+        Raises:
+            CheckpointError: which parameter, which row and column, of which checkpoint.
+        """
+        low, high = start * self.columns, stop * self.columns
+        for flat, side in ((self.base, "the base"), (self.finetuned, "the fine-tune")):
+            place = first_non_finite(flat[low:high])
+            if place is not None:
+                row, column = divmod(low + place, self.columns)
+                raise CheckpointError(
+                    f"{self.name} of {side} holds {float(flat[low + place])} at row {row}, column "
+                    f"{column}; such a checkpoint is damaged or diverged, no adapter was written"
+                )
+
+    def unchanged(self) -> bool:
+        """Whether no entry differs."""
+        if self.base.dtype == self.finetuned.dtype:
+            return torch.equal(self.base, self.finetuned)
+        step = max(1, (1 << 20) // max(self.columns, 1))
+        return all(
+            not self.rows_between(start, min(start + step, self.rows)).any()
+            for start in range(0, self.rows, step)
+        )
+
+
+class Difference(Mapping[str, ParameterDifference]):
+    """The deltas of all parameters that two checkpoints share, by base name."""
+
+    def __init__(self, base: Checkpoint, finetuned: Checkpoint, pairing: Pairing) -> None:
+        self.base, self.finetuned, self.pairing = base, finetuned, pairing
+        self._names = [n for n in pairing.common if base.info[n].dtype.is_floating_point]
+
+    def __getitem__(self, name: str) -> ParameterDifference:
+        base, finetuned = self.base[name], self.finetuned[self.pairing.common[name]]
+        added = None
+        if name in self.pairing.grown:
+            finetuned, added = finetuned[: len(base)], finetuned[len(base) :]
+        flat = finetuned.reshape(-1)
+        return ParameterDifference(name, tuple(base.shape), base.reshape(-1), flat, added)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def sample(self) -> DeltaSample:
+        """Quantiles of |delta| from a few thousand entries of every parameter."""
+        found = []
+        for name in self:
+            difference = self[name]
+            size = difference.base.numel()
+            words = philox_words(1, parameter_key(name), 0, _RUNS // 4)
+            starts = [int(word % max(1, size - _RUN_LENGTH)) for word in words.tolist()]
+            for start in starts if size > _RUNS * _RUN_LENGTH else [0]:
+                stop = min(start + (_RUN_LENGTH if len(starts) > 1 else size), size)
+                a = difference.base[start:stop].to(torch.float32)
+                found.append((difference.finetuned[start:stop].to(torch.float32) - a).abs())
+        if not found:
+            return DeltaSample(0.0, 0.0, 0.0, 0.0)
+        values = torch.cat(found)
+        values = values[torch.isfinite(values)].sort().values
+        if not len(values):
+            return DeltaSample(0.0, 0.0, 0.0, 0.0)
+        last = len(values) - 1
+        half, nine, most = (float(values[int(q * last)]) for q in (0.5, 0.9, 0.99))
+        return DeltaSample(half, nine, most, float(values[-1]))
+
+
+@dataclass(frozen=True)
+class DeltaSample:
+    """Quantiles of |fine-tune - base|: the median, 90 %, 99 %, and the largest seen."""
+
+    median: float
+    q90: float
+    q99: float
+    largest: float
+
+    @property
+    def concern(self) -> str | None:
+        """What to tell a user of a delta outside the paper's range, or None."""
+        if self.q99 <= 2 * PAPER_SAFE:
+            return None
+        measured = (
+            f"|delta| has median {self.median:.2g}, 90 % {self.q90:.2g}, 99 % {self.q99:.2g}, "
+            f"largest seen {self.largest:.2g}"
+        )
+        if self.q90 > PAPER_FAILS:
+            return (
+                f"{measured}. DARE is known to fail where changes reach about {PAPER_FAILS} (Yu et "
+                "al. 2024, section 4.5): is this the base it was fine-tuned from, and not one it "
+                "was pre-trained further from? If so, use --drop-rate 0 --bits 4 or 1, which "
+                "rounds every entry and drops none"
+            )
+        return (
+            f"{measured}. DARE is known to hold while changes stay within about {PAPER_SAFE} (Yu "
+            "et al. 2024, section 4.5): evaluate the adapter, and take a lower drop rate "
+            "(--drop-rate 0.5) or --drop-rate 0 --bits 1 if it lost too much"
+        )

@@ -1,0 +1,207 @@
+"""One parameter of a difference to the tensors that an adapter stores for it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from dare_adapters import codec
+from dare_adapters.config import ParameterEntry, tensor_key
+from dare_adapters.delta import STEP_ENTRIES
+from dare_adapters.difference import ParameterDifference
+from dare_adapters.mask import Slots, Support
+from dare_adapters.prune import PruneRule
+from dare_adapters.stored_support import StoredSupport, encode_support
+from dare_adapters.tensor_file import DTYPE_NAMES
+
+__all__ = ["EncodedParameter", "Energy", "encode_dense", "encode_new", "encode_sparse"]
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass
+class Energy:
+    """Sums over the survivors of one parameter, in units of the rescaled values squared."""
+
+    survivors: int = 0
+    signal: float = 0.0
+    rounding: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: Energy) -> None:
+        """Take another part of the parameter in."""
+        self.survivors += other.survivors
+        self.signal += other.signal
+        self.rounding += other.rounding
+        self.largest = max(self.largest, other.largest)
+
+
+@dataclass
+class EncodedParameter:
+    """What is written for a parameter: its entry in the config, tensors by key, measurements."""
+
+    name: str
+    entry: ParameterEntry
+    tensors: dict[str, torch.Tensor]
+    energy: Energy = field(default_factory=Energy)
+    total_signal: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing that was kept has changed."""
+        return self.energy.signal == 0 and not self.entry.added_rows
+
+
+@dataclass
+class _Part:
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    energy: Energy
+
+
+def encode_sparse(
+    pool: ThreadPoolExecutor,
+    difference: ParameterDifference,
+    rule: PruneRule,
+    seed: int,
+    bits: int,
+) -> EncodedParameter:
+    """Prune one parameter and round its survivors, its rows spread over the pool.
+
+    Raises:
+        CheckpointError: NaN or infinity in either checkpoint.
+    """
+    support = rule.support(difference, seed)
+    kept = max(1, round(difference.columns * (1 - rule.drop_rate)))
+    step = max(1, STEP_ENTRIES // kept)
+    ranges = [(s, min(s + step, difference.rows)) for s in range(0, difference.rows, step)]
+
+    def encode(rows: tuple[int, int]) -> _Part:
+        return _encode_rows(difference, rule, support, bits, *rows)
+
+    parts = list(pool.map(encode, ranges))
+    energy = Energy()
+    for part in parts:
+        energy.add(part.energy)
+    entry = ParameterEntry("sparse", difference.shape, drop_rate=rule.drop_rate, bits=bits)
+    values = torch.cat([part.values for part in parts])
+    tensors: dict[str, torch.Tensor] = {}
+    if bits < 16:
+        scales = torch.cat([part.scales for part in parts if part.scales is not None])
+        stored, entry.exponent = codec.store_scales(scales)
+        tensors[tensor_key(difference.name, "scales")] = stored
+    elif bits == 16:
+        values = values.to(_sixteen_bits(difference, energy))
+    if bits >= 16:
+        entry.dtype = DTYPE_NAMES[values.dtype]
+    if rule.block is not None:
+        entry.mask, entry.block = "blocked", rule.block
+    else:
+        entry.mask, entry.slots = "bernoulli", support.slot_count
+        entry.value_units = len(values)
+        if isinstance(support, StoredSupport):
+            entry.mask, stream = encode_support(support)
+            entry.support_bytes = len(stream) if entry.mask == "gaps" else None
+            tensors[tensor_key(difference.name, "support")] = torch.from_numpy(stream)
+    tensors[tensor_key(difference.name, "values")] = values
+    encoded = EncodedParameter(difference.name, entry, tensors, energy)
+    if rule.drop_error is None:
+        encoded.total_signal = sum(
+            float(difference.rows_between(s, e).square_().sum(dtype=torch.float64))
+            for s, e in ranges
+        )
+    return _with_added_rows(encoded, difference)
+
+
+def _encode_rows(
+    difference: ParameterDifference,
+    rule: PruneRule,
+    support: Support,
+    bits: int,
+    start: int,
+    stop: int,
+) -> _Part:
+    difference.check_finite(start, stop)
+    slots = support.slots(start, stop)
+    values = rule.survivors(difference, slots, start, stop)
+    if bits >= 16:
+        dtype = torch.float32 if bits == 32 else _sixteen_bits(difference, None)
+        rounded = values.to(dtype).to(torch.float32)
+        energy = _measure(values, rounded, slots)
+        whole = support.row_counts is None
+        return _Part(values if whole else slots.compact(values), None, energy)
+    quantised = codec.quantise(values, slots, bits)
+    energy = _measure(values, quantised.values(), slots)
+    packed = codec.pack(quantised.codes, bits)
+    if support.row_counts is not None:
+        packed = _trim(packed, slots, bits)
+    return _Part(packed, quantised.scales, energy)
+
+
+def _trim(packed: torch.Tensor, slots: Slots, bits: int) -> torch.Tensor:
+    """Of padded rows the bytes that their own survivors take, one row after the other."""
+    assert slots.valid is not None
+    used = -(-slots.valid.sum(dim=1) * bits // 8)
+    return packed[torch.arange(packed.shape[1]) < used[:, None]]
+
+
+def _measure(values: torch.Tensor, rounded: torch.Tensor, slots: Slots) -> Energy:
+    error = slots.clear_unused(rounded.sub_(values))
+    return Energy(
+        survivors=int(values.numel() if slots.valid is None else _used(slots, values.shape)),
+        signal=float(values.square().sum()),
+        rounding=float(error.square_().sum()),
+        largest=float(values.abs().amax()) if values.numel() else 0.0,
+    )
+
+
+def _used(slots: Slots, shape: torch.Size) -> int:
+    assert slots.valid is not None
+    used = int(slots.valid.sum())
+    return used if slots.valid.dim() == 2 else used + shape[0] * (shape[1] - 1)
+
+
+def _sixteen_bits(difference: ParameterDifference, energy: Energy | None) -> torch.dtype:
+    """The checkpoint's dtype where it has 16 bits, else float16 while the values fit it."""
+    dtype = difference.finetuned.dtype
+    if dtype.itemsize == 2 and (dtype == torch.bfloat16 or energy is None):
+        return dtype
+    return torch.bfloat16 if energy and energy.largest > _FLOAT16_MAX else torch.float16
+
+
+def encode_dense(difference: ParameterDifference) -> EncodedParameter:
+    """A parameter whose delta is kept whole, in float32: base plus delta is then the fine-tune.
+
+    Raises:
+        CheckpointError: NaN or infinity in either checkpoint.
+    """
+    difference.check_finite(0, difference.rows)
+    delta = difference.rows_between(0, difference.rows)
+    energy = Energy(
+        delta.numel(),
+        float(delta.square().sum()),
+        0.0,
+        float(delta.abs().amax()) if delta.numel() else 0.0,
+    )
+    entry = ParameterEntry("dense", difference.shape, dtype="F32")
+    tensors = {tensor_key(difference.name, "delta"): delta.view(difference.shape)}
+    return _with_added_rows(EncodedParameter(difference.name, entry, tensors, energy), difference)
+
+
+def encode_new(name: str, value: torch.Tensor, finetuned_name: str | None) -> EncodedParameter:
+    """A parameter that only the fine-tune has: its value, whole."""
+    dtype = DTYPE_NAMES[value.dtype]
+    entry = ParameterEntry("new", tuple(value.shape), dtype=dtype, finetuned_name=finetuned_name)
+    return EncodedParameter(name, entry, {tensor_key(name, "value"): value})
+
+
+def _with_added_rows(
+    encoded: EncodedParameter, difference: ParameterDifference
+) -> EncodedParameter:
+    if difference.added is not None:
+        encoded.entry.added_rows = len(difference.added)
+        encoded.entry.added_dtype = DTYPE_NAMES[difference.added.dtype]
+        encoded.tensors[tensor_key(difference.name, "rows")] = difference.added
+    return encoded

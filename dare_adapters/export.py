@@ -1,0 +1,222 @@
+"""Base and adapter to a full checkpoint, a tensor at a time, sharded like the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from dare_adapters.adapter import Adapter
+from dare_adapters.checkpoint import SAFETENSORS, Checkpoint, open_checkpoint
+from dare_adapters.companions import FINETUNED_CONFIG, is_companion
+from dare_adapters.delta import Delta, NewParameter, WeightedDelta, apply_rows
+from dare_adapters.errors import BaseMismatchError, CheckpointMismatchError
+from dare_adapters.matrix import MatrixView
+from dare_adapters.output import complete_directory, require_space
+from dare_adapters.parallel import worker_pool
+from dare_adapters.tensor_file import TensorFileWriter
+from dare_adapters.witness import decode_witness, sample_positions
+
+__all__ = ["check_base_checkpoint", "export"]
+
+
+def export(
+    base: str | Path,
+    adapter: str | Path | Adapter,
+    out: str | Path,
+    *,
+    weight: float = 1.0,
+    check_base: bool = True,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write the full checkpoint that base and adapter make, for `from_pretrained`.
+
+    Its weights are those of a live base with the adapter active, bit for bit: float32 sums,
+    rounded once to the base's dtype. It has the fine-tune's config, tokenizer and names.
+
+    Args:
+        base: directory or hub id.
+        adapter: directory, hub id, or an opened adapter.
+        out: directory to write.
+        weight: factor of the delta.
+        check_base: compare sampled values with those of the adapter's base.
+        revision, adapter_revision, token: for hub ids.
+        workers: threads.
+        overwrite: replace `out` if it exists.
+        progress: show a bar.
+
+    Returns:
+        `out`.
+
+    Raises:
+        BaseMismatchError: `base` is not the adapter's base.
+        CheckpointMismatchError: `base` lacks parameters that the adapter changes.
+        AdapterFormatError, CheckpointError, AdapterExistsError, DareError: as they say.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter.from_pretrained(adapter, revision=adapter_revision, token=token)
+    checkpoint = open_checkpoint(base, revision, token)
+    _check_names(checkpoint, adapter)
+    if check_base:
+        check_base_checkpoint(checkpoint, adapter)
+    names = _exported_names(checkpoint, adapter)
+    with complete_directory(Path(out), overwrite) as directory:
+        require_space(directory, checkpoint.nbytes)
+        bar = tqdm(
+            total=checkpoint.nbytes, unit="B", unit_scale=True, desc="export", disable=not progress
+        )
+        with bar, worker_pool(workers) as pool:
+            _write_shards(directory, checkpoint, adapter, names, weight, pool, bar)
+        _write_companions(directory, checkpoint, adapter)
+    return Path(out)
+
+
+def check_base_checkpoint(base: Checkpoint, adapter: Adapter) -> None:
+    """Compare a checkpoint's sampled values with the adapter's witness.
+
+    Raises:
+        BaseMismatchError: which parameters differ, and how far.
+    """
+    wrong: list[tuple[float, str]] = []
+    for name, text in adapter.config.witness.items():
+        if name not in base:
+            continue
+        expected = decode_witness(name, text)
+        value = base[name].reshape(-1)
+        found = value[sample_positions(name, value.numel(), len(expected))]
+        if not torch.equal(found.to(torch.float64), expected.to(torch.float64)):
+            wrong.append((float((found.double() - expected.double()).abs().max()), name))
+    if wrong:
+        wrong.sort(reverse=True)
+        worst = ", ".join(f"{name} (off by {off:.2g})" for off, name in wrong[:6])
+        raise BaseMismatchError(
+            f"{base.path} is not the base of {adapter.path}: {len(wrong)} of "
+            f"{len(adapter.config.witness)} sampled parameters differ, most of all {worst}. It was "
+            f"extracted over {adapter.config.base_model_name_or_path!r}"
+        )
+
+
+def _check_names(base: Checkpoint, adapter: Adapter) -> None:
+    entries = adapter.config.parameters
+    needed = {name: entry for name, entry in entries.items() if entry.kind != "new"}
+    missing = [name for name in needed if name not in base]
+    wrong = [n for n, e in needed.items() if n in base and base.info[n].shape != e.shape]
+    if missing or wrong:
+        raise CheckpointMismatchError(
+            f"{base.path} does not fit {adapter.path}: it lacks {len(missing)} of its parameters "
+            f"({', '.join(missing[:6])}) and has {len(wrong)} in other shapes "
+            f"({', '.join(wrong[:6])})"
+        )
+
+
+def _exported_names(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
+    """Base name -> the fine-tune's name of it, without what the fine-tune left out."""
+    config = adapter.config
+    prefix, left_out = config.finetuned_prefix, set(config.ignored_base_parameters)
+    replaced = {name for name, entry in config.parameters.items() if entry.kind == "new"}
+
+    def rename(name: str) -> str:
+        if prefix.startswith("-"):
+            return name.removeprefix(prefix[1:])
+        return prefix + name
+
+    return {name: rename(name) for name in base if name not in left_out | replaced}
+
+
+def _write_shards(
+    directory: Path,
+    base: Checkpoint,
+    adapter: Adapter,
+    names: dict[str, str],
+    weight: float,
+    pool: ThreadPoolExecutor,
+    bar: tqdm[None],
+) -> None:
+    shards = {file: [n for n in own if n in names] for file, own in base.shards.items()}
+    shards = {file: own for file, own in shards.items() if own}
+    new = {name: e for name, e in adapter.config.parameters.items() if e.kind == "new"}
+    dtype = _main_dtype(base)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, own in enumerate(shards.values(), 1):
+        file = SAFETENSORS
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        writer = TensorFileWriter(directory / file, {"format": "pt"})
+        try:
+            for name in own:
+                tensor = _patched(base[name], adapter.get(name), weight, pool)
+                writer.add(names[name], tensor)
+                weight_map[names[name]] = file
+                total += tensor.nbytes
+                bar.update(base.info[name].nbytes)
+            if number == len(shards):
+                for own_name, entry in new.items():
+                    name, tensor = entry.finetuned_name or own_name, _new(adapter, own_name, dtype)
+                    writer.add(name, tensor)
+                    weight_map[name] = file
+                    total += tensor.nbytes
+            writer.finish()
+        finally:
+            writer.close()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _patched(
+    base: torch.Tensor,
+    delta: Delta | NewParameter | None,
+    weight: float,
+    pool: ThreadPoolExecutor,
+) -> torch.Tensor:
+    if delta is None or isinstance(delta, NewParameter):
+        return base
+    tensor = base.clone()
+    view = MatrixView.over(tensor, delta.rows, delta.columns)
+    weighted = [WeightedDelta(delta, weight)]
+    list(pool.map(lambda rows: apply_rows(view, weighted, *rows)[0] is None, delta.row_ranges()))
+    if delta.added_rows is not None:
+        tensor = torch.cat([tensor, delta.added_rows.to(tensor.dtype)])
+    return tensor
+
+
+def _new(adapter: Adapter, name: str, dtype: torch.dtype) -> torch.Tensor:
+    parameter = adapter[name]
+    assert isinstance(parameter, NewParameter)
+    value = parameter.value
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _main_dtype(base: Checkpoint) -> torch.dtype:
+    """The dtype that most of the base's numbers have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in base.info.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] += info.numel
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _write_companions(directory: Path, base: Checkpoint, adapter: Adapter) -> None:
+    """Config, tokenizer and the rest: the adapter's own, else the base's."""
+    for source in (base.path, adapter.path):
+        for file in source.iterdir():
+            if is_companion(file.name):
+                shutil.copyfile(file, directory / file.name)
+    config_file = adapter.path / FINETUNED_CONFIG
+    config = json.loads(config_file.read_text()) if config_file.is_file() else dict(base.config)
+    if not config:
+        return
+    config["dtype"] = str(_main_dtype(base)).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,342 @@
+"""Base and fine-tune to an adapter: save(prune(Difference))."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from dare_adapters import codec
+from dare_adapters.adapter import Adapter
+from dare_adapters.checkpoint import Checkpoint, first_non_finite, open_checkpoint
+from dare_adapters.companions import copy_companions
+from dare_adapters.config import WEIGHTS_NAME, DareConfig, tensor_nbytes
+from dare_adapters.difference import Difference
+from dare_adapters.encode import EncodedParameter, encode_dense, encode_new, encode_sparse
+from dare_adapters.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    DeltaTooLargeError,
+    DeltaTooLargeWarning,
+)
+from dare_adapters.model_card import write_model_card
+from dare_adapters.output import complete_directory, require_space
+from dare_adapters.pairing import Pairing, pair_parameters
+from dare_adapters.parallel import worker_pool
+from dare_adapters.prune import PruneRule
+from dare_adapters.tensor_file import TensorFileWriter
+from dare_adapters.versions import library_versions
+from dare_adapters.witness import content_seed, encode_witness
+
+__all__ = ["extract"]
+
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def extract(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    drop_rate: float = 0.9,
+    bits: int = 4,
+    method: Literal["dare", "drop_only", "magnitude"] = "dare",
+    mask: Literal["auto", "blocked", "bernoulli"] = "auto",
+    seed: int | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    drop_rates: Mapping[str, float] | None = None,
+    ignore_missing: Sequence[str] = (),
+    on_large_delta: Literal["warn", "error", "ignore"] = "warn",
+    revision: str | None = None,
+    finetuned_revision: str | None = None,
+    token: str | bool | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Adapter:
+    """Turn a full fine-tune into an adapter over its base.
+
+    Every parameter with two or more dimensions is pruned; the others are kept whole. What only
+    the fine-tune has (a task head, added vocabulary rows) travels whole too. Parameters are
+    streamed: memory is bounded by the largest of them, and `out` appears complete or not at all.
+
+    Args:
+        base, finetuned: directories, or hub ids.
+        out: directory to write.
+        drop_rate: share p of each delta's entries that is dropped, in [0, 1).
+        bits: 32, 16 (as they are), 8, 4, 2 or 1 bits for each survivor.
+        method: "dare" (drop at random, rescale by 1/(1-p)), "drop_only" (no rescaling),
+            "magnitude" (keep the largest).
+        mask: "auto" is "blocked" wherever 1/(1-p) is a whole number, else "bernoulli".
+        seed: 0 … 2**64-1; by default derived from the fine-tune's own values.
+        include: glob patterns of the parameters to prune; what matches none is kept whole.
+        exclude: glob patterns of parameters that are kept whole.
+        drop_rates: glob pattern -> drop rate, for parameters that need another; the first match.
+        ignore_missing: glob patterns of base parameters that the fine-tune may lack.
+        on_large_delta: what to do about a delta outside the range in which DARE is known to hold.
+        revision, finetuned_revision, token: for hub ids.
+        workers: threads; by default the cores, at most eight. They never change the result.
+        overwrite: replace `out` if it exists.
+        progress: show a bar.
+
+    Returns:
+        The adapter, opened.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or holds NaN or infinity.
+        CheckpointMismatchError: the two do not describe the same parameters.
+        DeltaTooLargeError: the delta is too large and `on_large_delta` is "error".
+        AdapterExistsError: `out` exists and `overwrite` is not set.
+        DareError: `out` cannot be written.
+        ValueError: an option is out of range.
+    """
+    plan = _Plan(
+        PruneRule(method, drop_rate, mask),
+        bits,
+        tuple(include),
+        tuple(exclude),
+        {pattern: PruneRule(method, p, mask) for pattern, p in (drop_rates or {}).items()},
+    )
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must be 0 … 2**64-1")
+    base_checkpoint = open_checkpoint(base, revision, token)
+    finetuned_checkpoint = open_checkpoint(finetuned, finetuned_revision, token)
+    pairing = pair_parameters(base_checkpoint, finetuned_checkpoint, ignore_missing)
+    difference = Difference(base_checkpoint, finetuned_checkpoint, pairing)
+    _report_large_delta(difference, on_large_delta)
+    config = _describe(base_checkpoint, finetuned_checkpoint, pairing, plan)
+    config.base_model_name_or_path, config.revision = str(base), revision
+    config.finetuned_model["name_or_path"] = str(finetuned)
+    config.finetuned_model["revision"] = finetuned_revision
+    config.seed = _seed_of(finetuned_checkpoint, pairing) if seed is None else seed
+    target = Path(out)
+    with complete_directory(target, overwrite) as directory:
+        require_space(directory, _expected_bytes(difference, plan))
+        _write_tensors(directory, difference, plan, config, workers, progress)
+        copy_companions(base_checkpoint.path, finetuned_checkpoint.path, directory)
+        config.save(directory)
+        write_model_card(directory, config, base_checkpoint.nbytes)
+    return Adapter.open(target, verify=False)
+
+
+@dataclass
+class _Plan:
+    """Which parameters are pruned, and how."""
+
+    rule: PruneRule
+    bits: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    drop_rates: dict[str, PruneRule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bits not in codec.BITS:
+            valid = ", ".join(str(b) for b in codec.BITS)
+            raise ValueError(f"bits is {self.bits}; there are {valid}")
+
+    def rule_for(self, name: str, shape: tuple[int, ...]) -> PruneRule | None:
+        """The rule of one parameter, None where it is kept whole."""
+        for pattern, rule in self.drop_rates.items():
+            if fnmatchcase(name, pattern):
+                return rule
+        whole = len(shape) < 2 or not _matches(name, self.include) or _matches(name, self.exclude)
+        return None if whole else self.rule
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _report_large_delta(difference: Difference, action: str) -> None:
+    concern = None if action == "ignore" else difference.sample().concern
+    if concern is None:
+        return
+    if action == "error":
+        raise DeltaTooLargeError(concern)
+    warnings.warn(concern, DeltaTooLargeWarning, stacklevel=3)
+
+
+def _describe(base: Checkpoint, finetuned: Checkpoint, pairing: Pairing, plan: _Plan) -> DareConfig:
+    architecture = finetuned.architectures[0] if finetuned.architectures else ""
+    task = next((t for end, t in TASK_TYPES.items() if architecture.endswith(end)), None)
+    return DareConfig(
+        base_architectures=base.architectures,
+        task_type=task,
+        method=plan.rule.method,
+        mask=plan.rule.mask,
+        drop_rate=plan.rule.drop_rate,
+        bits=plan.bits,
+        rescale=plan.rule.method == "dare",
+        finetuned_model={"architectures": finetuned.architectures},
+        finetuned_prefix=pairing.prefix,
+        ignored_base_parameters=sorted(pairing.ignored),
+        base_parameter_count=sum(
+            base.info[name].numel for name in base if base.info[name].dtype.is_floating_point
+        ),
+        library_versions=library_versions(),
+    )
+
+
+def _seed_of(finetuned: Checkpoint, pairing: Pairing) -> int:
+    partners = {**pairing.common, **pairing.new}
+    return content_seed(
+        (name, finetuned.info[partner], finetuned[partner])
+        for name, partner in sorted(partners.items())
+    )
+
+
+def _expected_bytes(difference: Difference, plan: _Plan) -> int:
+    total = 1 << 20
+    for name, info in difference.base.info.items():
+        rule = plan.rule_for(name, info.shape)
+        kept = info.numel if rule is None else info.numel * (1 - rule.drop_rate)
+        total += int(kept * (32 if rule is None else plan.bits) / 8)
+        if rule is not None and rule.block is None and rule.method == "magnitude":
+            total += info.numel // 8
+    for partner in difference.pairing.new.values():
+        total += difference.finetuned.info[partner].nbytes
+    return total
+
+
+def _write_tensors(
+    directory: Path,
+    difference: Difference,
+    plan: _Plan,
+    config: DareConfig,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Stream all parameters into the tensors file and fill the config's entries."""
+    base = difference.base
+    fidelity = _Fidelity()
+    writer = TensorFileWriter(directory / WEIGHTS_NAME, {"format": "pt"})
+    total = sum(base.info[name].nbytes for name in difference)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="extract", disable=not progress)
+    try:
+        with bar, worker_pool(workers) as pool:
+            for name in difference:
+                encoded = _encode(pool, difference, name, plan, config.seed)
+                config.witness[name] = encode_witness(name, base[name])
+                if encoded is not None:
+                    _write(writer, encoded, config)
+                    fidelity.add(encoded, plan.rule_for(name, base.info[name].shape))
+                bar.update(base.info[name].nbytes)
+        for encoded in _new_parameters(difference):
+            _write(writer, encoded, config)
+        config.sha256 = writer.finish()
+    finally:
+        writer.close()
+    config.fidelity = fidelity.groups()
+
+
+def _encode(
+    pool: ThreadPoolExecutor, source: Difference, name: str, plan: _Plan, seed: int
+) -> EncodedParameter | None:
+    """One parameter encoded, or None where the fine-tune did not change it."""
+    difference = source[name]
+    rule = plan.rule_for(name, difference.shape)
+    if rule is None:
+        encoded = encode_dense(difference)
+    else:
+        encoded = encode_sparse(pool, difference, rule, seed, plan.bits)
+    if encoded.empty and difference.unchanged():
+        return None
+    return encoded
+
+
+def _new_parameters(source: Difference) -> list[EncodedParameter]:
+    """What only the fine-tune has, and integer buffers that it changed."""
+    found = []
+    for name, partner in source.pairing.new.items():
+        value = source.finetuned[partner]
+        if value.is_floating_point() and first_non_finite(value.reshape(-1)) is not None:
+            raise CheckpointError(f"{partner} of the fine-tune holds NaN or infinity")
+        found.append(encode_new(name, value, partner if partner != name else None))
+    for name, partner in source.pairing.common.items():
+        if not source.base.info[name].dtype.is_floating_point:
+            value = source.finetuned[partner]
+            if not torch.equal(value, source.base[name]):
+                found.append(encode_new(name, value, partner if partner != name else None))
+    return found
+
+
+def _write(writer: TensorFileWriter, encoded: EncodedParameter, config: DareConfig) -> None:
+    planned = encoded.entry.tensors(encoded.name)
+    for key, tensor in encoded.tensors.items():
+        dtype, shape = planned[key]
+        if tuple(tensor.shape) != shape or tensor.nbytes != tensor_nbytes(dtype, shape):
+            raise CheckpointMismatchError(  # a defect of this library, never of the input
+                f"{key}: encoded as {tuple(tensor.shape)}, its entry says {shape}"
+            )
+        writer.add(key, tensor)
+    config.parameters[encoded.name] = encoded.entry
+
+
+class _Fidelity:
+    """What was lost, for each group of parameters that differ only in their layer's number."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, dict[str, float]] = {}
+
+    def add(self, encoded: EncodedParameter, rule: PruneRule | None) -> None:
+        """Count one parameter.
+
+        `drop_error` and `rounding_error` are squared errors over the squared delta: expected over
+        masks for random supports, measured otherwise.
+        """
+        key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", encoded.name)
+        sums = self._groups.setdefault(
+            key, {"parameters": 0, "entries": 0, "survivors": 0, "delta": 0, "drop": 0, "round": 0}
+        )
+        energy, entry = encoded.energy, encoded.entry
+        keep = 1.0 if rule is None else 1 - rule.drop_rate
+        factor = 1.0 if rule is None else rule.factor
+        kept = energy.signal / factor**2
+        if rule is None or keep == 1.0:
+            delta, drop = kept, 0.0
+        elif rule.drop_error is None:
+            assert encoded.total_signal is not None
+            delta, drop = encoded.total_signal, encoded.total_signal - kept
+        else:
+            delta, drop = kept / keep, rule.drop_error * kept / keep
+        sums["parameters"] += 1
+        sums["entries"] += torch.Size(entry.shape).numel()
+        sums["survivors"] += energy.survivors
+        sums["delta"] += delta
+        sums["drop"] += drop
+        sums["round"] += energy.rounding
+
+    def groups(self) -> dict[str, dict[str, float]]:
+        """As they stand in the config."""
+        return {
+            key: {
+                "parameters": sums["parameters"],
+                "entries": sums["entries"],
+                "survivors": sums["survivors"],
+                "delta_rms": _six((sums["delta"] / max(sums["entries"], 1)) ** 0.5),
+                "drop_error": _six(sums["drop"] / sums["delta"] if sums["delta"] else 0.0),
+                "rounding_error": _six(sums["round"] / sums["delta"] if sums["delta"] else 0.0),
+            }
+            for key, sums in self._groups.items()
+        }
+
+
+def _six(value: float) -> float:
+    """Six significant digits: these are for people."""
+    return float(f"{value:.6g}")

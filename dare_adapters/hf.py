@@ -1,0 +1,378 @@
+"""`load_dare_adapter` and friends on every transformers model, installed by the import."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dare_adapters.adapter import Adapter
+from dare_adapters.errors import PatchedModelError, PatchedStateWarning
+from dare_adapters.live_adapters import LiveAdapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["COMBINATION_TYPES", "install"]
+
+COMBINATION_TYPES = ("linear",)
+_STATE = "_dare_live_adapters"
+Source = str | Path | Adapter
+
+
+def load_dare_adapter(
+    self: PreTrainedModel,
+    source: Source | Sequence[Source],
+    adapter_name: str | None = None,
+    *,
+    weight: float | Sequence[float] = 1.0,
+    combination_type: str = "linear",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    check_base: bool = True,
+    strict: bool = True,
+    verify: bool = True,
+    activate: bool = True,
+) -> str:
+    """Put a DARE adapter on this model, in place.
+
+    With `activate` it becomes the one active adapter. The model's class, size and speed stay as
+    they are; `disable_dare_adapters` brings every bit of the base back.
+
+    Args:
+        source: an adapter directory, a hub id, an opened `Adapter`; or a list of them, which are
+            mixed under one name.
+        adapter_name: what to call it; by default the last part of `source`.
+        weight: factor of the delta; for a list, one for each.
+        combination_type: how a list is mixed: "linear", the weighted sum of the deltas.
+        revision, token: for hub ids.
+        check_base: compare sampled weights with those of the adapter's base.
+        strict: refuse an adapter that changes parameters which this model does not have.
+        verify: check the adapter's SHA-256 and look for damaged numbers.
+        activate: make it the active adapter; otherwise only load it.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        AdapterNotFoundError: there is nothing at `source`.
+        AdapterFormatError: it is damaged.
+        AdapterExistsError: the name is taken.
+        ArchitectureMismatchError: it was made for another architecture.
+        BaseMismatchError: this model does not hold the adapter's base.
+        UnsupportedParameterError: a parameter cannot be changed where it is.
+    """
+    sources = [source] if isinstance(source, (str, Path, Adapter)) else list(source)
+    weights = _weights(weight, len(sources))
+    _check_combination(combination_type)
+    if adapter_name is None:
+        adapter_name = "+".join(_default_name(item) for item in sources)
+    _check_name(adapter_name)
+    components = [
+        (
+            item
+            if isinstance(item, Adapter)
+            else Adapter.from_pretrained(item, revision=revision, token=token, verify=verify),
+            factor,
+        )
+        for item, factor in zip(sources, weights, strict=True)
+    ]
+    state = _state(self)
+    state.load(self, adapter_name, components, check_base=check_base, strict=strict)
+    if activate:
+        try:
+            state.activate(self, {adapter_name: 1.0})
+        except BaseException:
+            state.delete(self, adapter_name)
+            raise
+    return adapter_name
+
+
+def set_dare_adapter(
+    self: PreTrainedModel,
+    adapters: str | Sequence[str] | Mapping[str, float],
+    *,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Make loaded adapters the active ones: one, several, or names with weights.
+
+    The deltas of several are summed in float32 and rounded once.
+
+    Raises:
+        AdapterNotFoundError: a name is not loaded.
+        PatchedModelError: called from inside a forward pass.
+    """
+    if isinstance(adapters, str):
+        adapters = [adapters]
+    if isinstance(adapters, Mapping):
+        chosen = {name: float(weight) for name, weight in adapters.items()}
+    else:
+        names = list(adapters)
+        chosen = dict(
+            zip(names, _weights(1.0 if weights is None else weights, len(names)), strict=True)
+        )
+        if len(chosen) < len(names):
+            raise ValueError(f"an adapter is named twice in {names}; give it one weight")
+    _state(self).activate(self, chosen)
+
+
+def disable_dare_adapters(self: PreTrainedModel) -> None:
+    """Bring every bit of the base back; the adapters stay loaded."""
+    _state(self).activate(self, {})
+
+
+def delete_dare_adapter(self: PreTrainedModel, adapter_name: str) -> None:
+    """Unload an adapter; the other active ones stay active.
+
+    Raises:
+        AdapterNotFoundError: it is not loaded.
+    """
+    _state(self).delete(self, adapter_name)
+
+
+def add_weighted_adapter(
+    self: PreTrainedModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "linear",
+) -> None:
+    """Make a new adapter of loaded ones; it takes no memory of its own.
+
+    Args:
+        adapters: names of loaded adapters.
+        weights: one for each.
+        adapter_name: of the new one; it is not activated.
+        combination_type: "linear", the weighted sum of the deltas.
+
+    Raises:
+        AdapterNotFoundError: a name is not loaded.
+        AdapterExistsError: `adapter_name` is taken.
+    """
+    _check_combination(combination_type)
+    _check_name(adapter_name)
+    state = _state(self)
+    components = [
+        (adapter, own * factor)
+        for name, factor in zip(adapters, _weights(weights, len(adapters)), strict=True)
+        for adapter, own in state.get(name).components
+    ]
+    state.load(self, adapter_name, components, check_base=False, strict=False)
+
+
+def save_dare_adapter(
+    self: PreTrainedModel,
+    save_directory: str | Path,
+    adapter_name: str | None = None,
+    *,
+    overwrite: bool = False,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    **hub: Any,
+) -> None:
+    """Write a loaded adapter to a directory: tensors, config, model card, companions.
+
+    Args:
+        save_directory: to create.
+        adapter_name: which; may be left out where exactly one is loaded.
+        overwrite: replace the directory if it exists.
+        push_to_hub: upload it too, to `repo_id` (default: the directory's name).
+        **hub: `private`, `token`, `revision`, `commit_message`.
+
+    Raises:
+        AdapterNotFoundError: it is not loaded.
+        PatchedModelError: the name stands for a mix, which has no tensors of its own.
+    """
+    state = _state(self)
+    if adapter_name is None:
+        if len(state.loaded) != 1:
+            raise ValueError(
+                f"adapter_name is needed: {len(state.loaded)} adapters are loaded "
+                f"({', '.join(state.loaded) or 'none'})"
+            )
+        adapter_name = next(iter(state.loaded))
+    components = state.get(adapter_name).components
+    if len(components) > 1 or components[0][1] != 1.0:
+        parts = ", ".join(f"{w} * {a.path.name}" for a, w in components)
+        raise PatchedModelError(
+            f"{adapter_name!r} is a mix ({parts}) without tensors of its own; save its parts"
+        )
+    adapter = components[0][0]
+    adapter.save(save_directory, overwrite=overwrite)
+    if push_to_hub:
+        Adapter.open(save_directory).push_to_hub(repo_id or Path(save_directory).name, **hub)
+
+
+def merge_dare_adapters(self: PreTrainedModel) -> list[str]:
+    """Make the active adapters part of this model's weights for good, and unload all adapters.
+
+    After this the model is an ordinary fine-tune: `save_pretrained` writes it.
+
+    Returns:
+        The names that were merged.
+    """
+    return _state(self).keep()
+
+
+@contextmanager
+def dare_adapter(
+    self: PreTrainedModel, adapters: str | Sequence[str] | Mapping[str, float]
+) -> Iterator[PreTrainedModel]:
+    """`with model.dare_adapter("a"):` these adapters inside the block, those before it after."""
+    before = dict(_state(self).active)
+    set_dare_adapter(self, adapters)
+    try:
+        yield self
+    finally:
+        _state(self).activate(self, before)
+
+
+def _loaded_names(self: PreTrainedModel) -> list[str]:
+    """Names of the loaded DARE adapters."""
+    state = self.__dict__.get(_STATE)
+    return list(state.loaded) if state is not None else []
+
+
+def _active_names(self: PreTrainedModel) -> list[str]:
+    """Names of the active DARE adapters."""
+    state = self.__dict__.get(_STATE)
+    return list(state.active) if state is not None else []
+
+
+def _state(model: PreTrainedModel) -> LiveAdapters:
+    """The model's own state, made when it is first needed."""
+    state: LiveAdapters | None = model.__dict__.get(_STATE)
+    if state is None:
+        state = LiveAdapters()
+        object.__setattr__(model, _STATE, state)
+        model.register_state_dict_pre_hook(_warn_of_patched_state)
+        model.register_load_state_dict_pre_hook(_refuse_loading)
+    return state
+
+
+def _active(model: nn.Module) -> LiveAdapters | None:
+    state: LiveAdapters | None = model.__dict__.get(_STATE)
+    return state if state is not None and state.active else None
+
+
+def _warn_of_patched_state(model: nn.Module, *_: Any) -> None:
+    if (state := _active(model)) is not None:
+        warnings.warn(
+            f"this state dict holds the weights of the base with {', '.join(state.active)} in "
+            "them; call disable_dare_adapters() first for the base's own",
+            PatchedStateWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_loading(model: nn.Module, *_: Any) -> None:
+    if (state := _active(model)) is not None:
+        raise PatchedModelError(
+            f"load_state_dict while {', '.join(state.active)} is active would be undone in part "
+            "when it is disabled; call disable_dare_adapters() first"
+        )
+
+
+def _weights(weight: float | Sequence[float], count: int) -> list[float]:
+    weights = [weight] * count if isinstance(weight, (int, float)) else list(weight)
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} weights for {count} adapters; one for each is needed")
+    for value in weights:
+        if isinstance(value, bool) or not abs(float(value)) < float("inf"):
+            raise ValueError(f"a weight is {value!r}; it must be a finite number")
+    return [float(value) for value in weights]
+
+
+def _check_combination(kind: str) -> None:
+    if kind not in COMBINATION_TYPES:
+        raise ValueError(f"combination_type is {kind!r}; there are {', '.join(COMBINATION_TYPES)}")
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"adapter_name is {name!r}; it must be a string with something in it")
+
+
+def _default_name(source: Source) -> str:
+    path = source.path if isinstance(source, Adapter) else source
+    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or "default"
+
+
+def _locked_call(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward or generate during which no other thread changes the weights."""
+
+    @functools.wraps(plain)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Tracing compiles the lock away; a compiled forward is not guarded.
+        if torch.compiler.is_compiling():
+            return plain(self, *args, **kwargs)
+        state = self.__dict__.get(_STATE)
+        if state is None:
+            return plain(self, *args, **kwargs)
+        with state.lock.reading():
+            return plain(self, *args, **kwargs)
+
+    return call
+
+
+def _suspending(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`_apply`, behind .to(), .half(), .cuda(): the base is cast or moved, then patched again."""
+
+    @functools.wraps(plain)
+    def _apply(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if (state := _active(self)) is None:
+            return plain(self, *args, **kwargs)
+        with state.suspended(self):
+            return plain(self, *args, **kwargs)
+
+    return _apply
+
+
+def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained`, which must not write patched weights as though they were the base."""
+
+    @functools.wraps(plain)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if (state := _active(self)) is not None:
+            raise PatchedModelError(
+                f"save_pretrained while {', '.join(state.active)} is active would write patched "
+                "weights as the model's own. To save the base: disable_dare_adapters() first; "
+                "to save the fine-tune: merge_dare_adapters() first, or dare_adapters.export; "
+                "to save the adapter: save_dare_adapter()"
+            )
+        return plain(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def install() -> None:
+    """Add the methods to `transformers.PreTrainedModel`; doing it again does nothing."""
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerationMixin
+
+    if hasattr(PreTrainedModel, "load_dare_adapter"):
+        return
+    for method in (
+        load_dare_adapter,
+        set_dare_adapter,
+        disable_dare_adapters,
+        delete_dare_adapter,
+        add_weighted_adapter,
+        save_dare_adapter,
+        merge_dare_adapters,
+        dare_adapter,
+    ):
+        setattr(PreTrainedModel, method.__name__, method)
+    PreTrainedModel.dare_adapters = property(_loaded_names)
+    PreTrainedModel.active_dare_adapters = property(_active_names)
+    PreTrainedModel.__call__ = _locked_call(PreTrainedModel.__call__)
+    PreTrainedModel._apply = _suspending(PreTrainedModel._apply)
+    PreTrainedModel.save_pretrained = _refusing(PreTrainedModel.save_pretrained)
+    GenerationMixin.generate = _locked_call(GenerationMixin.generate)

@@ -1,0 +1,238 @@
+"""Where a checkpoint's parameters are in a live model: the one place that maps names.
+
+transformers renames, stacks and concatenates checkpoint tensors while it loads them, and knows
+how to undo that when it saves. :func:`locate` runs that undoing on the live parameters
+themselves, with copies turned into views: what comes out under a checkpoint name is a window on
+the live storage, whatever the conversion was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dare_adapters.errors import UnsupportedParameterError
+from dare_adapters.mask import matrix_shape
+from dare_adapters.matrix import MatrixView
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LiveParameter", "check_patchable", "locate", "locate_all", "name_variants"]
+
+# Names that transformers has replaced, still in the checkpoints of the first BERT models.
+LEGACY_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
+_OWNER_SHIFT = 40  # positions of one parameter take the lower bits
+
+
+@dataclass(frozen=True)
+class LiveParameter:
+    """A checkpoint parameter's window on a parameter or buffer of a live model.
+
+    Attributes:
+        owner: the live parameter's name.
+        shape: the checkpoint parameter's shape.
+        offset, strides: of the window, relative to the owner's first entry, owner contiguous.
+        positions: flat positions in the owner instead, where no strides describe the window.
+    """
+
+    owner: str
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+    positions: torch.Tensor | None = None
+
+    def tensor(self, model: nn.Module) -> torch.Tensor:
+        """The owner, as it is now: `.to()` may have replaced it."""
+        return _find(model, self.owner)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the window may be its whole owner in the owner's own order."""
+        return self.positions is None and self.offset == 0 and _contiguous(self.shape, self.strides)
+
+    def region(self, model: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+        """What two names share when they are one tied weight."""
+        owner = self.tensor(model)
+        start = owner.data_ptr() + self.offset * owner.element_size()
+        return start, math.prod(self.shape), self.strides
+
+    def view(self, model: nn.Module, shape: tuple[int, ...] | None = None) -> MatrixView:
+        """The window as a matrix; `shape` (default: its own) may have fewer leading rows."""
+        owner = self.tensor(model)
+        rows, columns = matrix_shape(shape or self.shape)
+        if not owner.is_contiguous():
+            return self._view_strided(owner, shape or self.shape)
+        storage, strides, offset = owner.detach().view(-1), self.strides, self.offset
+        if self.positions is not None:
+            return MatrixView(storage, rows, columns, 0, 0, 0, self.positions.to(storage.device))
+        row_stride, column_stride = _fold(self.owner, shape or self.shape, strides)
+        return MatrixView(storage, rows, columns, offset, row_stride, column_stride)
+
+    def _view_strided(self, owner: torch.Tensor, shape: tuple[int, ...]) -> MatrixView:
+        """The window on an owner in another memory format, such as channels_last."""
+        if not self.whole:
+            raise UnsupportedParameterError(
+                f"{self.owner}: a part of a parameter that is not contiguous in memory"
+            )
+        rows, columns = matrix_shape(shape)
+        reach = sum((n - 1) * stride for n, stride in zip(owner.shape, owner.stride(), strict=True))
+        storage = owner.detach().as_strided((reach + 1,), (1,))
+        places = torch.arange(reach + 1, device=owner.device).as_strided(shape, owner.stride())
+        return MatrixView(storage, rows, columns, 0, 0, 0, places.reshape(-1))
+
+
+def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LiveParameter | None]:
+    """The live parameter of each checkpoint name, None where the model has none."""
+    table = locate_all(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    return {
+        name: next((table[v] for v in name_variants(name, prefix) if v in table), None)
+        for name in names
+    }
+
+
+def name_variants(name: str, prefix: str) -> list[str]:
+    """A name, then with the base model's prefix added or stripped, and legacy endings renewed."""
+    found = [name]
+    if prefix:
+        found.append(
+            name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        )
+    for old, new in LEGACY_SUFFIXES.items():
+        if name.endswith(old):
+            found += [variant.removesuffix(old) + new for variant in found]
+    return found
+
+
+def locate_all(model: PreTrainedModel) -> dict[str, LiveParameter]:
+    """Every parameter and persistent buffer of a live model under its checkpoint name."""
+    owners = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    # Stand-ins have the owners' shapes, cost no memory, and storages that tell owners apart.
+    stand_ins = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Window)
+        for name, tensor in owners.items()
+    }
+    owner_of = {_storage_id(tensor): name for name, tensor in stand_ins.items()}
+    found: dict[str, LiveParameter] = {}
+    lost: list[str] = []
+    for name, window in _undo_conversion(model, dict(stand_ins)).items():
+        owner = owner_of.get(_storage_id(window))
+        if owner is None:
+            lost.append(name)
+            continue
+        found[name] = LiveParameter(
+            owner, tuple(window.shape), int(window.storage_offset()), tuple(window.stride())
+        )
+    if lost:
+        seen = {parameter.owner for parameter in found.values()}
+        found.update(_locate_by_position(model, {n: t for n, t in owners.items() if n not in seen}))
+    return found
+
+
+class _Window(torch.Tensor):
+    """A tensor of which a contiguous copy is not worth having: views stay views."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.Tensor.contiguous:
+            return args[0]
+        return super().__torch_function__(  # type: ignore[no-untyped-call]
+            function, types, args, kwargs or {}
+        )
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _undo_conversion(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would make of these tensors: checkpoint name -> tensor."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.no_grad():
+        undone: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return undone
+
+
+def _locate_by_position(
+    model: PreTrainedModel, owners: dict[str, torch.Tensor]
+) -> dict[str, LiveParameter]:
+    """The same for conversions that no strides describe, by carrying positions through them."""
+    names = list(owners)
+    marked = {
+        name: (torch.arange(owners[name].numel()) + (number << _OWNER_SHIFT)).view(
+            owners[name].shape
+        )
+        for number, name in enumerate(names)
+    }
+    found = {}
+    for name, marks in _undo_conversion(model, marked).items():
+        numbers = marks >> _OWNER_SHIFT
+        if marks.numel() and int(numbers.min()) == int(numbers.max()):
+            flat = (marks & ((1 << _OWNER_SHIFT) - 1)).reshape(-1)
+            found[name] = LiveParameter(
+                names[int(numbers.flatten()[0])], tuple(marks.shape), 0, (), flat
+            )
+    return found
+
+
+def _find(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def check_patchable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a live parameter that cannot be changed in place.
+
+    Raises:
+        UnsupportedParameterError: it is not there (meta, offloaded), sharded, or not plain floats.
+    """
+    kind = type(tensor).__name__
+    if tensor.is_meta:
+        reason = "it is on the meta device (offloaded to disk or not loaded); load it onto a device"
+    elif kind not in ("Parameter", "Tensor"):
+        reason = f"it is a {kind}; only plain parameters that are whole in memory can be patched"
+    elif not tensor.is_floating_point() or tensor.element_size() < 2:
+        reason = f"its dtype is {tensor.dtype}; load the base in float32, bfloat16 or float16"
+    else:
+        return
+    raise UnsupportedParameterError(f"{name} cannot be patched: {reason}")
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _fold(owner: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """Row and column stride of the matrix that a window is."""
+    rows, columns = matrix_shape(shape)
+    meta = torch.empty_strided(shape, strides, device="meta")
+    try:
+        folded = meta.view(rows, columns)
+    except RuntimeError as error:
+        raise UnsupportedParameterError(
+            f"{owner}: its layout in the live model (shape {shape}, strides {strides}) cannot be "
+            f"seen as {rows} rows of {columns}"
+        ) from error
+    return folded.stride(0), folded.stride(1)

@@ -1,0 +1,266 @@
+"""The adapters of one live model: which are loaded, which are active, and how they come and go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from dare_adapters.adapter import Adapter
+from dare_adapters.delta import Delta, NewParameter, WeightedDelta
+from dare_adapters.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    ArchitectureMismatchError,
+    BaseMismatchError,
+    UnusedParametersWarning,
+)
+from dare_adapters.live import LiveParameter, locate
+from dare_adapters.lock import WeightsLock
+from dare_adapters.patch import Change, Patch, check
+from dare_adapters.witness import decode_witness, matches, sample_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LiveAdapters", "LoadedAdapter"]
+
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What one name stands for: adapters and their weights, added up.
+
+    Attributes:
+        components: the adapters with their weights.
+        places: for each of them, checkpoint name -> place in the model.
+    """
+
+    components: tuple[tuple[Adapter, float], ...]
+    places: tuple[dict[str, LiveParameter], ...]
+
+
+@dataclass
+class LiveAdapters:
+    """State of one model. It does not hold the model, so that the model can be copied with it."""
+
+    loaded: dict[str, LoadedAdapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    patch: Patch = field(default_factory=Patch)
+    lock: WeightsLock = field(default_factory=WeightsLock)
+
+    def load(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        components: Sequence[tuple[Adapter, float]],
+        *,
+        check_base: bool,
+        strict: bool,
+    ) -> None:
+        """Take adapters in under a name, after every check that can be made without a change.
+
+        Raises:
+            AdapterExistsError, ArchitectureMismatchError, BaseMismatchError,
+            UnsupportedParameterError: as `load_dare_adapter` says.
+        """
+        if name in self.loaded:
+            raise AdapterExistsError(
+                f"an adapter {name!r} is loaded already ({self._names()}); choose another "
+                "adapter_name, or delete_dare_adapter it first"
+            )
+        places = tuple(_place(model, adapter, strict) for adapter, _ in components)
+        loaded = LoadedAdapter(tuple(components), places)
+        with self.lock.writing(), self.suspended(model):
+            for change in self._changes(model, [(loaded, 1.0)]):
+                check(model, change)
+            if check_base:
+                for (adapter, _), place in zip(components, places, strict=True):
+                    _check_witness(model, adapter, place)
+        self.loaded[name] = loaded
+
+    def activate(self, model: PreTrainedModel, weights: Mapping[str, float]) -> None:
+        """Make exactly these adapters active: all or, if anything fails, none changed.
+
+        Raises:
+            AdapterNotFoundError: a name is not loaded.
+        """
+        for name in weights:
+            self.get(name)
+        with self.lock.writing():
+            before = dict(self.active)
+            self.patch.restore(model)
+            self.active = {}
+            try:
+                self._apply(model, weights)
+            except BaseException:
+                self._apply(model, before)
+                raise
+
+    def delete(self, model: PreTrainedModel, name: str) -> None:
+        """Unload an adapter; where it was active the others stay active."""
+        self.get(name)
+        with self.lock.writing():
+            if name in self.active:
+                rest = {other: w for other, w in self.active.items() if other != name}
+                self.activate(model, rest)
+            del self.loaded[name]
+
+    def get(self, name: str) -> LoadedAdapter:
+        """A loaded adapter.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name; the message lists those there are.
+        """
+        if name not in self.loaded:
+            raise AdapterNotFoundError(f"no adapter {name!r} is loaded; there is {self._names()}")
+        return self.loaded[name]
+
+    @contextmanager
+    def suspended(self, model: PreTrainedModel) -> Iterator[None]:
+        """The base's own weights inside the block; the active adapters again after it."""
+        with self.lock.writing():
+            weights, self.active = dict(self.active), {}
+            self.patch.restore(model)
+            try:
+                yield
+            finally:
+                self._apply(model, weights)
+
+    def keep(self) -> list[str]:
+        """Make the active adapters part of the base for good, and forget all that are loaded."""
+        with self.lock.writing():
+            kept = list(self.active)
+            self.patch.forget()
+            self.active, self.loaded = {}, {}
+            return kept
+
+    def _apply(self, model: PreTrainedModel, weights: Mapping[str, float]) -> None:
+        chosen = [(self.loaded[name], weight) for name, weight in weights.items()]
+        self.patch.apply(model, self._changes(model, chosen))
+        self.active = dict(weights)
+
+    def _names(self) -> str:
+        return ", ".join(repr(name) for name in self.loaded) or "none"
+
+    @staticmethod
+    def _changes(
+        model: PreTrainedModel, chosen: Sequence[tuple[LoadedAdapter, float]]
+    ) -> list[Change]:
+        """What the chosen adapters do to each place, tied weights counted once.
+
+        New parameters are not deltas and cannot be added up: they come from the first adapter
+        that has them, added vocabulary rows likewise row by row.
+        """
+        changes: dict[tuple[int, int, tuple[int, ...]], Change] = {}
+        for loaded, weight in chosen:
+            for (adapter, own_weight), places in zip(loaded.components, loaded.places, strict=True):
+                seen = set()
+                for name, target in places.items():
+                    region = target.region(model)
+                    if region in seen:
+                        continue
+                    seen.add(region)
+                    change = changes.setdefault(region, Change(name, target))
+                    _contribute(change, adapter[name], weight * own_weight)
+        return list(changes.values())
+
+
+def _contribute(change: Change, delta: Delta | NewParameter, weight: float) -> None:
+    if isinstance(delta, NewParameter):
+        if change.value is None and not change.deltas:
+            change.value = delta.value
+        return
+    if change.value is not None:
+        return
+    change.deltas.append(WeightedDelta(delta, weight))
+    if delta.added_rows is not None:
+        have = change.added_rows
+        if have is None:
+            change.added_rows = delta.added_rows
+        elif len(delta.added_rows) > len(have):
+            more = delta.added_rows[len(have) :].to(have.dtype)
+            change.added_rows = torch.cat([have, more])
+
+
+def _place(model: PreTrainedModel, adapter: Adapter, strict: bool) -> dict[str, LiveParameter]:
+    """Where each parameter of an adapter is in the model.
+
+    Raises:
+        ArchitectureMismatchError: the model lacks parameters that the adapter changes.
+    """
+    found = locate(model, adapter)
+    places = {name: place for name, place in found.items() if place is not None}
+    lacking = [name for name, place in found.items() if place is None]
+    if not lacking:
+        return places
+    entries = adapter.config.parameters
+    made_for = ", ".join(adapter.config.base_architectures) or "an unnamed architecture"
+    changed = [name for name in lacking if entries[name].kind != "new"]
+    if not any(entries[name].kind != "new" for name in places):
+        raise ArchitectureMismatchError(
+            f"{adapter.path} changes {made_for}; {type(model).__name__} has none of its "
+            f"{len(changed)} parameters ({_listed(changed)})"
+        )
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    prefixed = prefix != "." and any(name.startswith(prefix) for name in entries)
+    needed = [n for n in changed if not prefixed or n.startswith(prefix)]
+    if needed and strict:
+        raise ArchitectureMismatchError(
+            f"{adapter.path} changes {len(needed)} parameters of {made_for} that "
+            f"{type(model).__name__} does not have: {_listed(needed)}; load the base with the "
+            "class it was fine-tuned with, or pass strict=False to leave them out"
+        )
+    warnings.warn(
+        f"{type(model).__name__} has no place for {len(lacking)} parameters of {adapter.path}, "
+        f"which were left out: {_listed(lacking)}",
+        UnusedParametersWarning,
+        stacklevel=5,
+    )
+    return places
+
+
+def _check_witness(
+    model: PreTrainedModel, adapter: Adapter, places: Mapping[str, LiveParameter]
+) -> None:
+    """Compare the live weights with the adapter's witness of its base.
+
+    Raises:
+        BaseMismatchError: which parameters differ, and how far.
+    """
+    witness = adapter.config.witness
+    wrong: list[tuple[float, str]] = []
+    located = {**locate(model, [n for n in witness if n not in places]), **places}
+    for name, text in witness.items():
+        place = located[name]
+        if place is None:
+            continue
+        expected = decode_witness(name, text)
+        entry = adapter.config.parameters.get(name)
+        view = place.view(model, entry.shape if entry else None)
+        positions = sample_positions(name, view.rows * view.columns)
+        found = view.take(0, view.rows, view.on_device(positions)).cpu()
+        if not bool(matches(expected, found).all()):
+            off = float((found.double() - expected.double()).abs().max())
+            wrong.append((off, name))
+    if wrong:
+        wrong.sort(reverse=True)
+        listed = ", ".join(f"{name} (off by {off:.2g})" for off, name in wrong[:_LISTED])
+        base = adapter.config.base_model_name_or_path
+        revision = adapter.config.revision
+        raise BaseMismatchError(
+            f"this model is not the base of {adapter.path}: {len(wrong)} of {len(witness)} sampled "
+            f"parameters differ, most of all {listed}. It was extracted over {base!r}"
+            + (f" at revision {revision}" if revision else "")
+            + "; load that, or pass check_base=False if you know better"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,244 @@
+"""Which entries of a parameter survive.
+
+A parameter is seen as a matrix (:func:`matrix_shape`). A random support is never stored: it is
+regenerated from the adapter's seed and the parameter's name, row by row, with Philox4x64-10
+(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011):
+
+    key      = (seed, first 8 bytes of SHA-256 of the name, little-endian)
+    counter  = r * S + t       t-th block of row r; S blocks a row, four 64-bit words a block
+    lanes    = the words cut into 16 bit (blocked) or 32 bit (bernoulli), lowest bits first
+
+    blocked    lane j of a row keeps column j * B + (lane * B >> 16), if there is such a column
+    bernoulli  lane c of a row keeps column c if lane < round((1 - p) * 2**32)
+
+The stream is part of the file format: it must never change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+__all__ = [
+    "BernoulliSupport",
+    "BlockedSupport",
+    "Slots",
+    "Support",
+    "block_size",
+    "count_rows",
+    "matrix_shape",
+    "padded_slots",
+    "parameter_key",
+    "philox_words",
+]
+
+WORDS_PER_COUNTER = 4
+MAX_BLOCK = 1 << 16
+# A matrix row should hold enough entries to deserve a scale of its own.
+MIN_COLUMNS = 128
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The (rows, columns) under which a parameter is pruned and stored.
+
+    Two dimensions stay as they are. With more, trailing dimensions are folded into the columns
+    until a row has at least 128 entries: a convolution keeps a row for each output channel, a
+    stack of experts a row for each row of each expert. Fewer than two make one row.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    split = len(shape) - 1
+    while len(shape) > 2 and split > 1 and math.prod(shape[split:]) < MIN_COLUMNS:
+        split -= 1
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def block_size(drop_rate: float) -> int | None:
+    """B with drop_rate = 1 - 1/B, or None where 1/(1-p) is not a whole number in 1 … 65536."""
+    block = round(1 / (1 - drop_rate))
+    fits = block <= MAX_BLOCK and abs((1 - 1 / block) - drop_rate) < 1e-9
+    return block if fits else None
+
+
+def parameter_key(name: str) -> int:
+    """The 64-bit word that stands for a parameter's name in the generator's key."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def philox_words(seed: int, key: int, counter: int, blocks: int) -> np.ndarray:
+    """`4 * blocks` raw words (uint64) of Philox4x64-10, from counter `counter` on."""
+    # NumPy increments the counter before it draws; NEP 19 freezes this integer stream.
+    generator = np.random.Philox(
+        key=np.array([seed, key], dtype=np.uint64), counter=(counter - 1) % (1 << 256)
+    )
+    return generator.random_raw(blocks * WORDS_PER_COUNTER).astype("<u8", copy=False)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the survivors of a range of rows lie: one slot for each entry that may be stored.
+
+    index: int64 (n, K), flat position `(row - first) * columns + column`; 0 where unused
+    valid: which slots are used: None (all), bool (n,) for the last slot alone, or bool (n, K)
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor | None
+
+    def compact(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The used entries of a (n, K) matrix as one vector; the same order for every matrix."""
+        if self.valid is None:
+            return matrix.reshape(-1)
+        if self.valid.dim() == 1:
+            return torch.cat([matrix[:, :-1].reshape(-1), matrix[:, -1][self.valid]])
+        return matrix[self.valid]
+
+    def clear_unused(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Set the unused entries of a (n, K) matrix to zero, in place."""
+        if self.valid is not None:
+            unused = ~self.valid
+            if self.valid.dim() == 1:
+                matrix[:, -1].masked_fill_(unused, 0)
+            else:
+                matrix.masked_fill_(unused, 0)
+        return matrix
+
+
+class Support(ABC):
+    """The positions of one parameter's survivors, addressable by row."""
+
+    rows: int
+    columns: int
+
+    @abstractmethod
+    def slots(self, start: int, stop: int) -> Slots:
+        """The slots of rows start … stop - 1."""
+
+    @property
+    @abstractmethod
+    def row_counts(self) -> np.ndarray | None:
+        """Slots of each row (int64), or None where every row has `slots_per_row`."""
+
+    @property
+    @abstractmethod
+    def slots_per_row(self) -> int:
+        """The largest number of slots any row can have; exact where `row_counts` is None."""
+
+    @property
+    def slot_count(self) -> int:
+        """Slots of the whole parameter: what storage must hold."""
+        counts = self.row_counts
+        return self.rows * self.slots_per_row if counts is None else int(counts.sum())
+
+
+class BlockedSupport(Support):
+    """Exactly one survivor in each block of B columns, drawn uniformly: p = 1 - 1/B.
+
+    Args:
+        seed, name: what the random stream is keyed with.
+        rows, columns: the matrix shape.
+        block: B, 1 … 65536.
+    """
+
+    def __init__(self, seed: int, name: str, rows: int, columns: int, block: int) -> None:
+        if not 1 <= block <= MAX_BLOCK:
+            raise ValueError(f"block must be 1 … {MAX_BLOCK}, got {block}")
+        self.rows, self.columns, self.block = rows, columns, block
+        self._seed, self._key = seed, parameter_key(name)
+        self._slots = -(-columns // block)
+        self._stride = -(-self._slots // 16)
+        self._ragged = columns % block != 0
+
+    @property
+    def slots_per_row(self) -> int:
+        return self._slots
+
+    @property
+    def row_counts(self) -> None:
+        return None
+
+    def slots(self, start: int, stop: int) -> Slots:
+        count = stop - start
+        offset = self._offsets(start, count)
+        valid = None
+        if self._ragged:
+            tail = self.columns - (self._slots - 1) * self.block
+            inside = offset[:, -1] < tail
+            offset[:, -1][~inside] = 0
+            valid = torch.from_numpy(inside)
+        row_start = np.arange(count, dtype=np.int64)[:, None] * self.columns
+        index = offset.astype(np.int64)
+        index += row_start + np.arange(self._slots, dtype=np.int64) * self.block
+        return Slots(torch.from_numpy(index), valid)
+
+    def _offsets(self, start: int, count: int) -> np.ndarray:
+        """Column of each survivor within its block, uint32 (count, slots)."""
+        if self.block == 1:
+            return np.zeros((count, self._slots), dtype=np.uint32)
+        words = philox_words(self._seed, self._key, start * self._stride, count * self._stride)
+        lanes = words.view("<u2").reshape(count, -1)[:, : self._slots]
+        offset = lanes.astype(np.uint32)
+        offset *= self.block
+        offset >>= 16
+        return offset
+
+
+class BernoulliSupport(Support):
+    """Every entry survives on its own with probability 1 - p: the paper's mask, the reference.
+
+    Lanes have 32 bits so that the probability is 1 - p to a relative 1e-9 even at p = 0.999.
+    """
+
+    def __init__(self, seed: int, name: str, rows: int, columns: int, drop_rate: float) -> None:
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+        self.rows, self.columns = rows, columns
+        self._seed, self._key = seed, parameter_key(name)
+        self._threshold = round((1 - drop_rate) * (1 << 32))
+        self._stride = -(-columns // 8)
+
+    def _kept(self, start: int, stop: int) -> np.ndarray:
+        count = stop - start
+        words = philox_words(self._seed, self._key, start * self._stride, count * self._stride)
+        lanes = words.view("<u4").reshape(count, -1)[:, : self.columns]
+        return lanes < self._threshold
+
+    @cached_property
+    def row_counts(self) -> np.ndarray:
+        return count_rows(self._kept, self.rows, self.columns)
+
+    @property
+    def slots_per_row(self) -> int:
+        return self.columns
+
+    def slots(self, start: int, stop: int) -> Slots:
+        return padded_slots(self._kept(start, stop))
+
+
+def padded_slots(kept: np.ndarray) -> Slots:
+    """Slots of a boolean (n, columns) mask, padded to the fullest row."""
+    count, columns = kept.shape
+    row, column = np.nonzero(kept)
+    per_row = np.bincount(row, minlength=count)
+    width = int(per_row.max(initial=0))
+    valid = np.arange(width) < per_row[:, None]
+    index = np.zeros((count, width), dtype=np.int64)
+    index[valid] = row * columns + column
+    return Slots(torch.from_numpy(index), torch.from_numpy(valid))
+
+
+def count_rows(kept: Callable[[int, int], np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Survivors of each row (int64), from `kept(start, stop)`, a boolean mask of some rows."""
+    counts = np.empty(rows, dtype=np.int64)
+    step = max(1, (1 << 20) // max(columns, 1))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        counts[start:stop] = np.count_nonzero(kept(start, stop), axis=1)
+    return counts

@@ -1,0 +1,20 @@
+"""Versions of what an adapter was made with."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from dare_adapters._version import __version__
+
+__all__ = ["library_versions"]
+
+
+def library_versions() -> dict[str, str]:
+    """This library's version and those of the libraries that its results depend on."""
+    found = {"dare-adapters": __version__}
+    for name in ("torch", "transformers", "numpy", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
