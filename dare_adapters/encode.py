@@ -128,7 +128,7 @@ def _encode_rows(
     values = rule.survivors(difference, slots, start, stop)
     if bits >= 16:
         dtype = torch.float32 if bits == 32 else _sixteen_bits(difference, None)
-        rounded = values.to(dtype).to(torch.float32)
+        rounded = values.to(dtype).to(torch.float32, copy=True)  # measured in place
         energy = _measure(values, rounded, slots)
         whole = support.row_counts is None
         return _Part(values if whole else slots.compact(values), None, energy)
