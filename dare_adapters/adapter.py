@@ -22,7 +22,7 @@ from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.output import complete_directory
-from dare_adapters.stored_support import StoredSupport, decode_support
+from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tensor_file import file_sha256
 
 __all__ = ["Adapter", "resolve_adapter"]
@@ -107,6 +107,12 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
     def __len__(self) -> int:
         return len(self.config.parameters)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Adapter:
+        return self  # nothing changes it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path,)
+
     def __repr__(self) -> str:
         c = self.config
         return (
@@ -141,9 +147,14 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
                 raise AdapterFormatError(f"{self.path}: {key} holds NaN or infinity")
             if key.endswith("_scales") and bool((tensor < 0).any()):
                 raise AdapterFormatError(f"{self.path}: {key} holds a negative scale")
-        if entry.kind == "sparse" and entry.mask != "blocked":
+        if entry.kind == "sparse":
             delta = self[name]
             assert isinstance(delta, SparseDelta)
+            if entry.slots is not None and delta.support.slot_count != entry.slots:
+                raise AdapterFormatError(
+                    f"{self.path}: the support of {name} has {delta.support.slot_count} entries, "
+                    f"the config says {entry.slots}"
+                )
             delta.check_sizes(name)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -205,9 +216,13 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
             assert entry.drop_rate is not None
             return BernoulliSupport(seed, name, rows, columns, entry.drop_rate)
         data = self._tensor(name, "support").numpy()
-        if entry.mask == "bitmap":
-            return StoredSupport(data, rows, columns)
-        return decode_support("gaps", data, rows, columns, name)
+        encoding: SupportEncoding = "bitmap" if entry.mask == "bitmap" else "gaps"
+        return decode_support(encoding, data, rows, columns, name)
+
+
+def _reopen(path: Path) -> Adapter:
+    """An adapter that was pickled, from its directory: it does not travel with the model."""
+    return Adapter.open(path, verify=False)
 
 
 def resolve_adapter(

@@ -19,6 +19,7 @@ __all__ = ["Checkpoint", "ParameterInfo", "first_non_finite", "open_checkpoint",
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 64
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,6 +33,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_READABLE = (
+    f"this library reads dense tensors of {', '.join(DTYPES)} "
+    "(a quantised checkpoint has no delta of plain numbers)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,17 +71,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.info: dict[str, ParameterInfo] = {}
         self.shards: dict[str, list[str]] = {}
         self._readers: dict[str, Any] = {}
+        self._mapped: dict[str, torch.Tensor] = {}
         self._file_of: dict[str, str] = {}
         for file, names in _list_shards(path).items():
             self._open(file, names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, memory-mapped where the file allows it: do not write to it."""
-        reader = self._readers[self._file_of[name]]
-        if isinstance(reader, dict):
-            tensor: torch.Tensor = reader[name]
-        else:
-            tensor = reader.get_tensor(name)
+        tensor = self._mapped.get(name)
+        if tensor is None:
+            reader = self._readers[self._file_of[name]]
+            tensor = reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+            assert isinstance(tensor, torch.Tensor)
+            self._mapped[name] = tensor  # a mapping, not a copy: it holds no memory
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -232,10 +239,7 @@ def _slice_info(reader: Any, name: str, file: Path) -> ParameterInfo:
     view = reader.get_slice(name)
     dtype = DTYPES.get(view.get_dtype())
     if dtype is None:
-        raise CheckpointError(
-            f"{file}: {name} has the dtype {view.get_dtype()}; this library reads "
-            f"{', '.join(DTYPES)} (a quantised checkpoint has no delta of plain numbers)"
-        )
+        raise CheckpointError(f"{file}: {name} has the dtype {view.get_dtype()}; {_READABLE}")
     return ParameterInfo(tuple(view.get_shape()), dtype)
 
 
@@ -253,9 +257,16 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
             f"{file}: cannot be read with torch.load(weights_only=True) ({error}); "
             "it is damaged, or holds objects other than tensors: convert it to safetensors"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(f"{file}: not a dictionary of tensors")
-    return state
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{file}: {name} is a {tensor.layout} tensor of {tensor.dtype}; {_READABLE}"
+            )
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
@@ -269,7 +280,24 @@ def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
         raise error(f"{path}: not readable as JSON ({failure})") from failure
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if _nested_deeper(value, MAX_JSON_DEPTH):
+        raise error(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
     return value
+
+
+def _nested_deeper(value: Any, levels: int) -> bool:
+    """Whether JSON is nested deeper than that, which printing or hashing it might not survive."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            item
+            for parent in level
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

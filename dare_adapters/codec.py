@@ -14,24 +14,50 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from dare_adapters.mask import Slots
 
-__all__ = ["BITS", "Quantised", "bytes_per_row", "pack", "quantise", "store_scales", "unpack"]
+__all__ = [
+    "BITS",
+    "Quantised",
+    "bytes_per_row",
+    "pack",
+    "quantise",
+    "row_dot",
+    "store_scales",
+    "unpack",
+]
 
 BITS = (32, 16, 8, 4, 2, 1)
-# Share of the row's largest value that the outermost level may stand for, tried in turn; the
-# last is replaced by twice the Gaussian optimum where that is lower still.
-_CLIPS = {8: (1.0, 0.8), 4: (1.0, 0.84, 0.7, 0.58), 2: (1.0, 0.75, 0.6, 0.47, 0.36)}
+# Candidates for a row's scale, of which the best is refined. In units of largest / limit, for rows
+# without a tail, and of the root mean square, for rows with one (normal to Laplace): together they
+# come within a few percent of an exhaustive search on all of them.
+_OF_LARGEST = {8: (1.0,), 4: (1.0,), 2: (1.0,)}
+_OF_RMS = {8: (), 4: (0.36, 0.5), 2: (1.2, 1.6)}
 _SCALE_MANTISSA = 1 << 11  # float16 keeps 11 significant bits
 
 
 class Quantised:
-    """Codes of a range of rows: `codes` int8 (n, K) in ±limit (±1 at one bit), `scales` (n,)."""
+    """Codes of a range of rows, and what rounding cost.
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    Attributes:
+        codes: int8 (n, K) in ±limit, ±1 at one bit.
+        scales: float32 (n,).
+        signal: float32 (n,), Σv² of the row.
+        rounding: float32 (n,), Σ(v - scale * code)² over the used slots of the row.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        signal: torch.Tensor,
+        rounding: torch.Tensor,
+    ) -> None:
         self.codes, self.scales = codes, scales
+        self.signal, self.rounding = signal, rounding.clamp_(min=0)
 
     def values(self) -> torch.Tensor:
         """What a reader will see, float32 (n, K)."""
@@ -46,40 +72,60 @@ def quantise(values: torch.Tensor, slots: Slots, bits: int) -> Quantised:
         slots: which slots are used.
         bits: 8, 4, 2 or 1.
     """
+    signal = row_dot(values, values)
     if bits == 1:
-        return _signs(values)
+        return _signs(values, slots, signal)
     limit = (1 << (bits - 1)) - 1
-    largest = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
-    best_scale, best_score = largest / limit, torch.full_like(largest, -1.0)
-    for clip in _CLIPS[bits]:
-        codes = _round(values, largest * (clip / limit), limit)
+    codes = torch.empty_like(values)
+    largest = _largest(values, codes)
+    scales, best = largest / limit, torch.full_like(largest, -1.0)
+    rms = (signal / max(values.shape[1], 1)).sqrt_()
+    candidates = [largest * (share / limit) for share in _OF_LARGEST[bits]]
+    candidates += [torch.minimum(rms * share, largest / limit) for share in _OF_RMS[bits]]
+    for candidate in candidates:
+        _round(values, candidate, limit, codes)
+        overlap, energy = row_dot(values, codes), row_dot(codes, codes).clamp_(min=1)
         # The best scale for given codes is <v,q>/<q,q>, and leaves |v|² - <v,q>²/<q,q>.
-        overlap = (values * codes).sum(dim=1)
-        energy = codes.square_().sum(dim=1).clamp_(min=1)
         score = overlap * overlap / energy
-        better = score > best_score
-        best_score = torch.where(better, score, best_score)
-        best_scale = torch.where(better, overlap / energy, best_scale)
-    scales = _round_scale(best_scale)
-    return Quantised(_round(values, scales, limit).to(torch.int8), scales)
+        scales = torch.where(score > best, overlap / energy, scales)
+        best = torch.maximum(score, best)
+    scales = _round_scale(scales)
+    _round(values, scales, limit, codes)
+    overlap, energy = row_dot(values, codes), row_dot(codes, codes)
+    rounding = signal - scales * (2 * overlap - scales * energy)
+    return Quantised(codes.to(torch.int8), scales, signal, rounding)
 
 
-def _round(values: torch.Tensor, scales: torch.Tensor, limit: int) -> torch.Tensor:
+def row_dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The inner product of each row, float32 (n,), of two float32 (n, K)."""
+    if one.device.type != "cpu":
+        return (one * other).sum(dim=1)
+    # Three times as fast as a product and a sum in PyTorch, and on one thread: deterministic.
+    return torch.from_numpy(np.einsum("ij,ij->i", one.numpy(), other.numpy()))
+
+
+def _largest(values: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    if not values.shape[1]:
+        return values.new_zeros(len(values))
+    return torch.abs(values, out=buffer).amax(dim=1)
+
+
+def _round(values: torch.Tensor, scales: torch.Tensor, limit: int, out: torch.Tensor) -> None:
     inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
     inverse.clamp_(max=torch.finfo(torch.float32).max)
-    return (values * inverse[:, None]).round_().clamp_(-limit, limit)
+    torch.mul(values, inverse[:, None], out=out).round_().clamp_(-limit, limit)
 
 
-def _signs(values: torch.Tensor) -> Quantised:
+def _signs(values: torch.Tensor, slots: Slots, signal: torch.Tensor) -> Quantised:
     magnitude = values.abs().sum(dim=1)
-    scales = torch.where(
-        magnitude > 0, values.square().sum(dim=1) / magnitude.clamp(min=1e-38), magnitude
-    )
-    codes = torch.where(values < 0, -1, 1).to(torch.int8)
+    scales = torch.where(magnitude > 0, signal / magnitude.clamp(min=1e-38), magnitude)
+    scales = _round_scale(scales)
+    minus = values < 0
     # A zero has no sign: alternate, or rows of mostly zeros would drift in one direction.
-    odd = codes[:, 1::2]
-    odd.masked_fill_(values[:, 1::2] == 0, -1)
-    return Quantised(codes, _round_scale(scales))
+    minus[:, 1::2] |= values[:, 1::2] == 0
+    codes = 1 - 2 * minus.view(torch.int8)
+    rounding = signal - scales * (2 * magnitude - scales * slots.used_per_row())
+    return Quantised(codes, scales, signal, rounding)
 
 
 def _round_scale(scales: torch.Tensor) -> torch.Tensor:
@@ -103,17 +149,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes int8 (n, K) to bytes, uint8 (n, ceil(K * bits / 8))."""
     if bits == 8:
         return codes.view(torch.uint8) ^ 0x80  # two's complement plus 128
-    plain = (
-        (codes > 0).to(torch.uint8) if bits == 1 else (codes + (1 << (bits - 1))).to(torch.uint8)
-    )
+    plain = (codes > 0).view(torch.int8) if bits == 1 else codes + (1 << (bits - 1))
     per_byte = 8 // bits
-    slots = plain.shape[1]
-    if slots % per_byte:
-        plain = torch.nn.functional.pad(plain, (0, per_byte - slots % per_byte))
-    packed = plain[:, 0::per_byte].clone()
-    for place in range(1, per_byte):
-        packed |= plain[:, place::per_byte] << (bits * place)
-    return packed
+    if not plain.shape[1]:
+        return plain.view(torch.uint8)  # rows without survivors; no word to view them as
+    if plain.shape[1] % per_byte:
+        plain = torch.nn.functional.pad(plain, (0, per_byte - plain.shape[1] % per_byte))
+    # The codes of one byte as one word, folded in halves until all are in its lowest byte.
+    word = plain.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[per_byte])
+    shift = 8 - bits
+    while per_byte > 1:
+        word = word | (word >> shift)
+        shift, per_byte = 2 * shift, per_byte // 2
+    return word.to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -122,9 +170,9 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
         return (packed.to(torch.float32) - 128).unsqueeze(-1)
     table = _table(bits, packed.device)
     index = packed.reshape(-1).to(torch.int32)
-    wide = {2: torch.float64, 4: torch.complex128}.get(8 // bits)
     # One wide element moves faster than a row of two or four floats.
-    found = table.index_select(0, index) if wide is None else table.view(wide)[index]
+    wide = {2: torch.float64, 4: torch.complex128}.get(8 // bits)
+    found = (table if wide is None else table.view(wide).view(-1)).index_select(0, index)
     return found.view(torch.float32).view(*packed.shape, 8 // bits)
 
 

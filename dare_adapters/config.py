@@ -13,7 +13,7 @@ from typing import Any
 from dare_adapters import codec
 from dare_adapters.checkpoint import read_json
 from dare_adapters.errors import AdapterFormatError
-from dare_adapters.mask import MAX_BLOCK, matrix_shape
+from dare_adapters.mask import MAX_BLOCK, MAX_DROP_RATE, matrix_shape
 
 __all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "DareConfig", "ParameterEntry"]
 
@@ -25,6 +25,7 @@ KINDS = ("sparse", "dense", "new")
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PLAIN = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_NUMEL = 1 << 40
+EXPONENTS = (-149, 127)  # of float32, with those below its normal range
 KEY_PREFIX = "base_model.model."
 # What a reader's result depends on; the rest (names, statistics) may be edited.
 BINDING = (
@@ -126,7 +127,11 @@ class ParameterEntry:
             entry.mask = check.choice("mask", MASKS)
             entry.bits = check.choice("bits", codec.BITS)
             entry.drop_rate = check.rate("drop_rate")
-            entry.exponent = check.integer("exponent", -200, 200, default=0)
+            entry.exponent = check.integer("exponent", *EXPONENTS, default=0)
+            if entry.drop_rate > MAX_DROP_RATE:
+                check.fail("drop_rate", f"at most {MAX_DROP_RATE}")
+            if not rows * columns:
+                check.fail("shape", "at least one entry: a sparse delta of nothing is not stored")
             if entry.bits >= 16:
                 widths = {16: ("F16", "BF16"), 32: ("F32",)}
                 entry.dtype = check.choice("dtype", widths[entry.bits])
@@ -134,7 +139,7 @@ class ParameterEntry:
                 entry.block = check.integer("block", 1, MAX_BLOCK)
             else:
                 size = rows * columns
-                entry.slots = check.integer("slots", 0, size)
+                entry.slots = check.integer("slots", *_survivor_range(entry, size))
                 entry.value_units = check.integer("value_units", 0, size)
                 if entry.mask == "gaps":
                     entry.support_bytes = check.integer("support_bytes", 0, size)
@@ -266,6 +271,20 @@ def tensor_key(name: str, part: str) -> str:
     return f"{KEY_PREFIX}{module + '.' if module else ''}dare_{parameter}_{part}"
 
 
+def _survivor_range(entry: ParameterEntry, size: int) -> tuple[int, int]:
+    """How many of `size` entries may survive: no file of a few bytes may name a vast parameter.
+
+    A Bernoulli mask keeps size * (1 - p), give or take twelve standard deviations. No other mask
+    is thinner than the thinnest blocked one.
+    """
+    if entry.mask != "bernoulli":
+        return max(0, size // MAX_BLOCK - 64), size
+    assert entry.drop_rate is not None
+    expected = size * (1 - entry.drop_rate)
+    slack = 12 * math.sqrt(expected) + 64
+    return max(0, math.floor(expected - slack)), min(size, math.ceil(expected + slack))
+
+
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor in the file."""
     return PLAIN[dtype] * math.prod(shape)
@@ -333,7 +352,8 @@ class _Check:
 
     def choice(self, key: str, valid: tuple[Any, ...]) -> Any:
         value = self._take(key)
-        if isinstance(value, bool) or value not in valid:
+        # 4.0 and True are equal to whole numbers and are none.
+        if type(value) not in {type(option) for option in valid} or value not in valid:
             self.fail(key, "one of " + ", ".join(str(v) for v in valid))
         return value
 

@@ -22,8 +22,8 @@ from dare_adapters.matrix import MatrixView
 
 __all__ = ["Delta", "DenseDelta", "NewParameter", "SparseDelta", "WeightedDelta", "apply_rows"]
 
-# Entries that one step works on: small enough for a core's cache, large enough to hide dispatch.
-STEP_ENTRIES = 1 << 15
+# Entries that one step works on: small enough for the caches, large enough to hide dispatch.
+STEP_ENTRIES = 1 << 17
 
 
 class Delta(ABC):
@@ -52,7 +52,8 @@ class Delta(ABC):
 
         Returns:
             index: int64 (m,), flat positions `(row - start) * columns + column`, or None: all.
-            values: float32 (m,).
+                A position may come twice, with the same value.
+            values: float32 (m,), the caller's own.
         """
 
     def positions(self, start: int, stop: int) -> torch.Tensor | None:
@@ -96,7 +97,7 @@ class DenseDelta(Delta):
     def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
         flat = self.values.reshape(-1)
         part = flat[start * self.columns : stop * self.columns]
-        return None, part.to(torch.float32)
+        return None, part.to(torch.float32, copy=True)
 
 
 class SparseDelta(Delta):
@@ -133,18 +134,27 @@ class SparseDelta(Delta):
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         slots = self.support.slots(start, stop)
         matrix = self._read_values(start, stop, slots)
+        if slots.repeatable:
+            return slots.index.view(-1), slots.repeat_before(matrix).view(-1)
         return slots.compact(slots.index), slots.compact(matrix)
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         slots = self.support.slots(start, stop)
-        return slots.compact(slots.index)
+        return slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)
 
     def check_sizes(self, name: str) -> None:
-        """Compare the values with the support, where the support alone says how many there are.
+        """Compare the values with the support, and look at the scales as they will be used.
 
         Raises:
-            AdapterFormatError: there are more or fewer values than survivors.
+            AdapterFormatError: there are more or fewer values than survivors where the support
+                alone says how many there are; a scale is too large for float32.
         """
+        if self.scales is not None:
+            largest = self._row_scales.to(torch.float64) * (1 << (self.bits - 1))
+            if bool((largest > torch.finfo(torch.float32).max).any()):
+                raise AdapterFormatError(
+                    f"{name}: its scales times 2**{self.exponent} are beyond float32"
+                )
         offsets = self._row_offsets
         if offsets is not None and int(offsets[-1]) != self.values.numel():
             raise AdapterFormatError(
@@ -160,7 +170,7 @@ class SparseDelta(Delta):
             size = self._row_size
             stored = self.values[start * size : stop * size].view(count, size)
             if self.bits >= 16:
-                return stored.to(torch.float32)
+                return stored.to(torch.float32, copy=True)
             codes = codec.unpack(stored, self.bits).reshape(count, -1)
             codes = codes[:, :width]
         else:
@@ -236,7 +246,7 @@ def apply_rows(
     index, change = _sum(deltas, start, stop, target.columns)
     index, change = target.on_device(index), change.to(target.device)
     originals = target.take(start, stop, index)
-    target.put(start, stop, index, (originals.to(torch.float32) + change).to(originals.dtype))
+    target.put(start, stop, index, change.add_(originals).to(originals.dtype))
     return index, originals
 
 
@@ -253,7 +263,7 @@ def _sum(
             total += values
             touched = None
         else:
-            total[index] += values  # positions of one delta never repeat
+            total[index] += values  # assigns: a position that comes twice counts once
             if touched is not None:
                 touched[index] = True
     if touched is None:

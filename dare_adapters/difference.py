@@ -14,7 +14,7 @@ from dare_adapters.pairing import Pairing
 
 __all__ = ["DeltaSample", "Difference", "ParameterDifference"]
 
-_RUNS, _RUN_LENGTH = 16, 256
+_RUNS, _RUN_LENGTH = 4, 1024
 # Yu et al. 2024, section 4.5, speak of typical changes: the tail may be twice as far out.
 PAPER_SAFE, PAPER_FAILS = 0.005, 0.03
 
@@ -89,7 +89,11 @@ class Difference(Mapping[str, ParameterDifference]):
 
     def __init__(self, base: Checkpoint, finetuned: Checkpoint, pairing: Pairing) -> None:
         self.base, self.finetuned, self.pairing = base, finetuned, pairing
-        self._names = [n for n in pairing.common if base.info[n].dtype.is_floating_point]
+        self._names = [
+            name
+            for name in pairing.common
+            if base.info[name].dtype.is_floating_point and base.info[name].numel
+        ]
 
     def __getitem__(self, name: str) -> ParameterDifference:
         base, finetuned = self.base[name], self.finetuned[self.pairing.common[name]]
@@ -112,9 +116,11 @@ class Difference(Mapping[str, ParameterDifference]):
             difference = self[name]
             size = difference.base.numel()
             words = philox_words(1, parameter_key(name), 0, _RUNS // 4)
-            starts = [int(word % max(1, size - _RUN_LENGTH)) for word in words.tolist()]
-            for start in starts if size > _RUNS * _RUN_LENGTH else [0]:
-                stop = min(start + (_RUN_LENGTH if len(starts) > 1 else size), size)
+            starts, length = [0], size
+            if size > _RUNS * _RUN_LENGTH:
+                starts, length = [w % (size - _RUN_LENGTH) for w in words.tolist()], _RUN_LENGTH
+            for start in starts:
+                stop = start + length
                 a = difference.base[start:stop].to(torch.float32)
                 found.append((difference.finetuned[start:stop].to(torch.float32) - a).abs())
         if not found:

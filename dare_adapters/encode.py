@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from dare_adapters import codec
+from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.config import ParameterEntry, tensor_key
 from dare_adapters.delta import STEP_ENTRIES
 from dare_adapters.difference import ParameterDifference
+from dare_adapters.errors import CheckpointError
 from dare_adapters.mask import Slots, Support
 from dare_adapters.prune import PruneRule
 from dare_adapters.stored_support import StoredSupport, encode_support
@@ -23,7 +27,10 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass
 class Energy:
-    """Sums over the survivors of one parameter, in units of the rescaled values squared."""
+    """Sums over the survivors of one parameter, in units of the rescaled values squared.
+
+    `largest` is the largest magnitude, where survivors are stored as floats.
+    """
 
     survivors: int = 0
     signal: float = 0.0
@@ -67,21 +74,43 @@ def encode_sparse(
     rule: PruneRule,
     seed: int,
     bits: int,
-) -> EncodedParameter:
-    """Prune one parameter and round its survivors, its rows spread over the pool.
+) -> Callable[[], EncodedParameter]:
+    """Begin to prune one parameter and round its survivors, its rows spread over the pool.
 
-    Raises:
-        CheckpointError: NaN or infinity in either checkpoint.
+    Returns:
+        A function that waits for the result. It raises CheckpointError where either checkpoint
+        holds NaN or infinity.
     """
     support = rule.support(difference, seed)
     kept = max(1, round(difference.columns * (1 - rule.drop_rate)))
     step = max(1, STEP_ENTRIES // kept)
     ranges = [(s, min(s + step, difference.rows)) for s in range(0, difference.rows, step)]
+    futures = [
+        pool.submit(_encode_rows, difference, rule, support, bits, start, stop)
+        for start, stop in ranges
+    ]
 
-    def encode(rows: tuple[int, int]) -> _Part:
-        return _encode_rows(difference, rule, support, bits, *rows)
+    def result() -> EncodedParameter:
+        parts = [future.result() for future in futures]
+        encoded = _join(difference, rule, support, bits, parts)
+        if rule.drop_error is None:
+            encoded.total_signal = sum(
+                float(difference.rows_between(s, e).square_().sum(dtype=torch.float64))
+                for s, e in ranges
+            )
+        return _with_added_rows(encoded, difference)
 
-    parts = list(pool.map(encode, ranges))
+    return result
+
+
+def _join(
+    difference: ParameterDifference,
+    rule: PruneRule,
+    support: Support,
+    bits: int,
+    parts: list[_Part],
+) -> EncodedParameter:
+    """The parts of a parameter as the tensors that are stored."""
     energy = Energy()
     for part in parts:
         energy.add(part.energy)
@@ -106,13 +135,7 @@ def encode_sparse(
             entry.support_bytes = len(stream) if entry.mask == "gaps" else None
             tensors[tensor_key(difference.name, "support")] = torch.from_numpy(stream)
     tensors[tensor_key(difference.name, "values")] = values
-    encoded = EncodedParameter(difference.name, entry, tensors, energy)
-    if rule.drop_error is None:
-        encoded.total_signal = sum(
-            float(difference.rows_between(s, e).square_().sum(dtype=torch.float64))
-            for s, e in ranges
-        )
-    return _with_added_rows(encoded, difference)
+    return EncodedParameter(difference.name, entry, tensors, energy)
 
 
 def _encode_rows(
@@ -129,11 +152,18 @@ def _encode_rows(
     if bits >= 16:
         dtype = torch.float32 if bits == 32 else _sixteen_bits(difference, None)
         rounded = values.to(dtype).to(torch.float32, copy=True)  # measured in place
-        energy = _measure(values, rounded, slots)
+        energy = Energy(
+            int(slots.used_per_row().sum()),
+            _total(codec.row_dot(values, values)),
+            _total(codec.row_dot(rounded.sub_(values), rounded)),
+            _largest(values),
+        )
         whole = support.row_counts is None
         return _Part(values if whole else slots.compact(values), None, energy)
     quantised = codec.quantise(values, slots, bits)
-    energy = _measure(values, quantised.values(), slots)
+    energy = Energy(
+        int(slots.used_per_row().sum()), _total(quantised.signal), _total(quantised.rounding)
+    )
     packed = codec.pack(quantised.codes, bits)
     if support.row_counts is not None:
         packed = _trim(packed, slots, bits)
@@ -147,20 +177,12 @@ def _trim(packed: torch.Tensor, slots: Slots, bits: int) -> torch.Tensor:
     return packed[torch.arange(packed.shape[1]) < used[:, None]]
 
 
-def _measure(values: torch.Tensor, rounded: torch.Tensor, slots: Slots) -> Energy:
-    error = slots.clear_unused(rounded.sub_(values))
-    return Energy(
-        survivors=int(values.numel() if slots.valid is None else _used(slots, values.shape)),
-        signal=float(values.square().sum()),
-        rounding=float(error.square_().sum()),
-        largest=float(values.abs().amax()) if values.numel() else 0.0,
-    )
+def _total(rows: torch.Tensor) -> float:
+    return float(rows.sum(dtype=torch.float64))
 
 
-def _used(slots: Slots, shape: torch.Size) -> int:
-    assert slots.valid is not None
-    used = int(slots.valid.sum())
-    return used if slots.valid.dim() == 2 else used + shape[0] * (shape[1] - 1)
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().amax()) if values.numel() else 0.0
 
 
 def _sixteen_bits(difference: ParameterDifference, energy: Energy | None) -> torch.dtype:
@@ -183,7 +205,7 @@ def encode_dense(difference: ParameterDifference) -> EncodedParameter:
         delta.numel(),
         float(delta.square().sum()),
         0.0,
-        float(delta.abs().amax()) if delta.numel() else 0.0,
+        _largest(delta),
     )
     entry = ParameterEntry("dense", difference.shape, dtype="F32")
     tensors = {tensor_key(difference.name, "delta"): delta.view(difference.shape)}
@@ -204,4 +226,21 @@ def _with_added_rows(
         encoded.entry.added_rows = len(difference.added)
         encoded.entry.added_dtype = DTYPE_NAMES[difference.added.dtype]
         encoded.tensors[tensor_key(difference.name, "rows")] = difference.added
+        _check_added(difference, difference.added)
+    for tensor in encoded.tensors.values():
+        if tensor.is_floating_point() and first_non_finite(tensor.reshape(-1)) is not None:
+            raise CheckpointError(
+                f"{difference.name}: fine-tune minus base is beyond {tensor.dtype}; these are not "
+                "weights of a working model, no adapter was written"
+            )
     return encoded
+
+
+def _check_added(difference: ParameterDifference, added: torch.Tensor) -> None:
+    place = first_non_finite(added.reshape(-1))
+    if place is not None:
+        row = difference.shape[0] + place // math.prod(added.shape[1:])
+        raise CheckpointError(
+            f"{difference.name} of the fine-tune holds NaN or infinity in its added row {row}; no "
+            "adapter was written"
+        )

@@ -12,10 +12,14 @@ import torch
 from tqdm.auto import tqdm
 
 from dare_adapters.adapter import Adapter
-from dare_adapters.checkpoint import SAFETENSORS, Checkpoint, open_checkpoint
+from dare_adapters.checkpoint import SAFETENSORS, Checkpoint, open_checkpoint, read_json
 from dare_adapters.companions import FINETUNED_CONFIG, is_companion
 from dare_adapters.delta import Delta, NewParameter, WeightedDelta, apply_rows
-from dare_adapters.errors import BaseMismatchError, CheckpointMismatchError
+from dare_adapters.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    CheckpointMismatchError,
+)
 from dare_adapters.matrix import MatrixView
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.parallel import worker_pool
@@ -214,7 +218,8 @@ def _write_companions(directory: Path, base: Checkpoint, adapter: Adapter) -> No
             if is_companion(file.name):
                 shutil.copyfile(file, directory / file.name)
     config_file = adapter.path / FINETUNED_CONFIG
-    config = json.loads(config_file.read_text()) if config_file.is_file() else dict(base.config)
+    stored = config_file.is_file()
+    config = read_json(config_file, AdapterFormatError) if stored else dict(base.config)
     if not config:
         return
     config["dtype"] = str(_main_dtype(base)).removeprefix("torch.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -38,6 +39,8 @@ from dare_adapters.witness import content_seed, encode_witness
 
 __all__ = ["extract"]
 
+# Parameters that are begun before the first of them is written: workers never wait for the disk.
+AHEAD = 3
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -230,13 +233,23 @@ def _write_tensors(
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="extract", disable=not progress)
     try:
         with bar, worker_pool(workers) as pool:
-            for name in difference:
-                encoded = _encode(pool, difference, name, plan, config.seed)
+            begun: deque[tuple[str, Callable[[], EncodedParameter | None]]] = deque()
+
+            def finish() -> None:
+                name, result = begun.popleft()
+                encoded = result()
                 config.witness[name] = encode_witness(name, base[name])
                 if encoded is not None:
                     _write(writer, encoded, config)
                     fidelity.add(encoded, plan.rule_for(name, base.info[name].shape))
                 bar.update(base.info[name].nbytes)
+
+            for name in difference:
+                begun.append((name, _encode(pool, difference, name, plan, config.seed)))
+                if len(begun) > AHEAD:
+                    finish()
+            while begun:
+                finish()
         for encoded in _new_parameters(difference):
             _write(writer, encoded, config)
         config.sha256 = writer.finish()
@@ -247,17 +260,20 @@ def _write_tensors(
 
 def _encode(
     pool: ThreadPoolExecutor, source: Difference, name: str, plan: _Plan, seed: int
-) -> EncodedParameter | None:
-    """One parameter encoded, or None where the fine-tune did not change it."""
+) -> Callable[[], EncodedParameter | None]:
+    """Begin with one parameter; the result is None where the fine-tune did not change it."""
     difference = source[name]
     rule = plan.rule_for(name, difference.shape)
     if rule is None:
-        encoded = encode_dense(difference)
+        begun = pool.submit(encode_dense, difference).result
     else:
-        encoded = encode_sparse(pool, difference, rule, seed, plan.bits)
-    if encoded.empty and difference.unchanged():
-        return None
-    return encoded
+        begun = encode_sparse(pool, difference, rule, seed, plan.bits)
+
+    def result() -> EncodedParameter | None:
+        encoded = begun()
+        return None if encoded.empty and difference.unchanged() else encoded
+
+    return result
 
 
 def _new_parameters(source: Difference) -> list[EncodedParameter]:

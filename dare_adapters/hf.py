@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from dare_adapters.adapter import Adapter
 from dare_adapters.errors import PatchedModelError, PatchedStateWarning
 from dare_adapters.live_adapters import LiveAdapters
+from dare_adapters.lock import WeightsLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +27,12 @@ __all__ = ["COMBINATION_TYPES", "install"]
 
 COMBINATION_TYPES = ("linear",)
 _STATE = "_dare_live_adapters"
+# The state of the model around it, in a model that is a part of another.
+_OUTER = "_dare_outer_adapters"
+# Of models without adapters: a forward that is under way when the first one comes holds it off.
+# Not in the model itself, which would then need this library to be unpickled.
+_locks: WeakKeyDictionary[nn.Module, WeightsLock] = WeakKeyDictionary()
+_making = threading.Lock()
 Source = str | Path | Adapter
 
 
@@ -70,6 +79,7 @@ def load_dare_adapter(
         UnsupportedParameterError: a parameter cannot be changed where it is.
     """
     sources = [source] if isinstance(source, (str, Path, Adapter)) else list(source)
+    _check_some(sources)
     weights = _weights(weight, len(sources))
     _check_combination(combination_type)
     if adapter_name is None:
@@ -112,7 +122,9 @@ def set_dare_adapter(
     if isinstance(adapters, str):
         adapters = [adapters]
     if isinstance(adapters, Mapping):
-        chosen = {name: float(weight) for name, weight in adapters.items()}
+        if weights is not None:
+            raise ValueError("weights are given twice: in the mapping and as weights=")
+        chosen = dict(zip(adapters, _weights(list(adapters.values()), len(adapters)), strict=True))
     else:
         names = list(adapters)
         chosen = dict(
@@ -158,6 +170,7 @@ def add_weighted_adapter(
     """
     _check_combination(combination_type)
     _check_name(adapter_name)
+    _check_some(adapters)
     state = _state(self)
     components = [
         (adapter, own * factor)
@@ -225,13 +238,17 @@ def merge_dare_adapters(self: PreTrainedModel) -> list[str]:
 def dare_adapter(
     self: PreTrainedModel, adapters: str | Sequence[str] | Mapping[str, float]
 ) -> Iterator[PreTrainedModel]:
-    """`with model.dare_adapter("a"):` these adapters inside the block, those before it after."""
+    """`with model.dare_adapter("a"):` these adapters inside the block, those before it after.
+
+    Of those before it, one that was deleted or merged inside the block does not come back.
+    """
     before = dict(_state(self).active)
     set_dare_adapter(self, adapters)
     try:
         yield self
     finally:
-        _state(self).activate(self, before)
+        state = _state(self)
+        state.activate(self, {name: w for name, w in before.items() if name in state.loaded})
 
 
 def _loaded_names(self: PreTrainedModel) -> list[str]:
@@ -248,13 +265,28 @@ def _active_names(self: PreTrainedModel) -> list[str]:
 
 def _state(model: PreTrainedModel) -> LiveAdapters:
     """The model's own state, made when it is first needed."""
-    state: LiveAdapters | None = model.__dict__.get(_STATE)
-    if state is None:
-        state = LiveAdapters()
-        object.__setattr__(model, _STATE, state)
-        model.register_state_dict_pre_hook(_warn_of_patched_state)
-        model.register_load_state_dict_pre_hook(_refuse_loading)
-    return state
+    with _making:
+        state: LiveAdapters | None = model.__dict__.get(_STATE)
+        if state is None:
+            from transformers import PreTrainedModel
+
+            state = LiveAdapters(lock=_locks.setdefault(model, WeightsLock()))
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel) and part is not model:
+                    object.__setattr__(part, _OUTER, state)
+            object.__setattr__(model, _STATE, state)
+            model.register_state_dict_pre_hook(_warn_of_patched_state)
+            model.register_load_state_dict_pre_hook(_refuse_loading)
+        return state
+
+
+def _lock(model: nn.Module) -> WeightsLock:
+    """What a forward of this model holds."""
+    state: LiveAdapters | None = model.__dict__.get(_STATE) or model.__dict__.get(_OUTER)
+    if state is not None:
+        return state.lock
+    with _making:
+        return _locks.setdefault(model, WeightsLock())
 
 
 def _active(model: nn.Module) -> LiveAdapters | None:
@@ -295,6 +327,11 @@ def _check_combination(kind: str) -> None:
         raise ValueError(f"combination_type is {kind!r}; there are {', '.join(COMBINATION_TYPES)}")
 
 
+def _check_some(adapters: Sequence[object]) -> None:
+    if not adapters:
+        raise ValueError("there is no adapter in an empty list")
+
+
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"adapter_name is {name!r}; it must be a string with something in it")
@@ -313,10 +350,7 @@ def _locked_call(plain: Callable[..., Any]) -> Callable[..., Any]:
         # Tracing compiles the lock away; a compiled forward is not guarded.
         if torch.compiler.is_compiling():
             return plain(self, *args, **kwargs)
-        state = self.__dict__.get(_STATE)
-        if state is None:
-            return plain(self, *args, **kwargs)
-        with state.lock.reading():
+        with _lock(self).reading():
             return plain(self, *args, **kwargs)
 
     return call
@@ -340,13 +374,15 @@ def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if (state := _active(self)) is not None:
-            raise PatchedModelError(
-                f"save_pretrained while {', '.join(state.active)} is active would write patched "
-                "weights as the model's own. To save the base: disable_dare_adapters() first; "
-                "to save the fine-tune: merge_dare_adapters() first, or dare_adapters.export; "
-                "to save the adapter: save_dare_adapter()"
-            )
+        for key, whose in ((_STATE, ""), (_OUTER, " in the model around this one")):
+            state = self.__dict__.get(key)
+            if state is not None and state.active:
+                raise PatchedModelError(
+                    f"save_pretrained while {', '.join(state.active)} is active{whose} would write "
+                    "patched weights as the model's own. To save the base: disable_dare_adapters() "
+                    "first; to save the fine-tune: merge_dare_adapters() first, or "
+                    "dare_adapters.export; to save the adapter: save_dare_adapter()"
+                )
         return plain(self, *args, **kwargs)
 
     return save_pretrained

@@ -23,7 +23,14 @@ from dare_adapters.matrix import MatrixView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LiveParameter", "check_patchable", "locate", "locate_all", "name_variants"]
+__all__ = [
+    "LiveParameter",
+    "check_patchable",
+    "is_patchable",
+    "locate",
+    "locate_all",
+    "name_variants",
+]
 
 # Names that transformers has replaced, still in the checkpoints of the first BERT models.
 LEGACY_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
@@ -59,7 +66,9 @@ class LiveParameter:
     def region(self, model: nn.Module) -> tuple[int, int, tuple[int, ...]]:
         """What two names share when they are one tied weight."""
         owner = self.tensor(model)
-        start = owner.data_ptr() + self.offset * owner.element_size()
+        # Windows by position have no offset; two on one owner differ in their first entry.
+        first = self.offset if self.positions is None else int(self.positions[0])
+        start = owner.data_ptr() + first * owner.element_size()
         return start, math.prod(self.shape), self.strides
 
     def view(self, model: nn.Module, shape: tuple[int, ...] | None = None) -> MatrixView:
@@ -203,16 +212,25 @@ def check_patchable(name: str, tensor: torch.Tensor) -> None:
     Raises:
         UnsupportedParameterError: it is not there (meta, offloaded), sharded, or not plain floats.
     """
+    reason = _unpatchable(tensor)
+    if reason is not None:
+        raise UnsupportedParameterError(f"{name} cannot be patched: {reason}")
+
+
+def is_patchable(tensor: torch.Tensor) -> bool:
+    """Whether it is there, whole, and of plain floats."""
+    return _unpatchable(tensor) is None
+
+
+def _unpatchable(tensor: torch.Tensor) -> str | None:
     kind = type(tensor).__name__
     if tensor.is_meta:
-        reason = "it is on the meta device (offloaded to disk or not loaded); load it onto a device"
-    elif kind not in ("Parameter", "Tensor"):
-        reason = f"it is a {kind}; only plain parameters that are whole in memory can be patched"
-    elif not tensor.is_floating_point() or tensor.element_size() < 2:
-        reason = f"its dtype is {tensor.dtype}; load the base in float32, bfloat16 or float16"
-    else:
-        return
-    raise UnsupportedParameterError(f"{name} cannot be patched: {reason}")
+        return "it is on the meta device (offloaded to disk or not loaded); load it onto a device"
+    if kind not in ("Parameter", "Tensor"):
+        return f"it is a {kind}; only plain parameters that are whole in memory can be patched"
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"its dtype is {tensor.dtype}; load the base in float32, bfloat16 or float16"
+    return None
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ __all__ = [
 
 WORDS_PER_COUNTER = 4
 MAX_BLOCK = 1 << 16
+MAX_DROP_RATE = 1 - 1 / MAX_BLOCK
 # A matrix row should hold enough entries to deserve a scale of its own.
 MIN_COLUMNS = 128
 
@@ -85,12 +86,28 @@ def philox_words(seed: int, key: int, counter: int, blocks: int) -> np.ndarray:
 class Slots:
     """Where the survivors of a range of rows lie: one slot for each entry that may be stored.
 
-    index: int64 (n, K), flat position `(row - first) * columns + column`; 0 where unused
+    index: int64 (n, K), flat position `(row - first) * columns + column`; where unused, the
+        position of the slot before, or 0 where there is none
     valid: which slots are used: None (all), bool (n,) for the last slot alone, or bool (n, K)
     """
 
     index: torch.Tensor
     valid: torch.Tensor | None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether every unused slot has a slot before it that it can repeat."""
+        return self.valid is None or (self.valid.dim() == 1 and self.index.shape[1] > 1)
+
+    def repeat_before(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Set an unused last entry to the one before it, in place; 0 where there is none.
+
+        Writing a position twice with one value is cheaper than leaving the second out.
+        """
+        if self.valid is not None:
+            before = matrix[:, -2] if self.repeatable else torch.zeros_like(matrix[:, -1])
+            matrix[:, -1] = torch.where(self.valid, matrix[:, -1], before)
+        return matrix
 
     def compact(self, matrix: torch.Tensor) -> torch.Tensor:
         """The used entries of a (n, K) matrix as one vector; the same order for every matrix."""
@@ -99,6 +116,15 @@ class Slots:
         if self.valid.dim() == 1:
             return torch.cat([matrix[:, :-1].reshape(-1), matrix[:, -1][self.valid]])
         return matrix[self.valid]
+
+    def used_per_row(self) -> torch.Tensor:
+        """How many slots of each row are used, int64 (n,)."""
+        count, width = self.index.shape
+        if self.valid is None:
+            return torch.full((count,), width)
+        if self.valid.dim() == 1:
+            return self.valid.to(torch.int64) + (width - 1)
+        return self.valid.sum(dim=1)
 
     def clear_unused(self, matrix: torch.Tensor) -> torch.Tensor:
         """Set the unused entries of a (n, K) matrix to zero, in place."""
@@ -166,28 +192,35 @@ class BlockedSupport(Support):
 
     def slots(self, start: int, stop: int) -> Slots:
         count = stop - start
-        offset = self._offsets(start, count)
+        if self.block == 1:
+            offset = np.zeros((count, self._slots), dtype=np.uint32)
+        else:
+            words = philox_words(self._seed, self._key, start * self._stride, count * self._stride)
+            offset = words.view("<u2").reshape(count, -1).astype(np.uint32)
+            offset *= np.uint32(self.block)
+            offset >>= np.uint32(16)
         valid = None
         if self._ragged:
             tail = self.columns - (self._slots - 1) * self.block
-            inside = offset[:, -1] < tail
-            offset[:, -1][~inside] = 0
-            valid = torch.from_numpy(inside)
-        row_start = np.arange(count, dtype=np.int64)[:, None] * self.columns
-        index = offset.astype(np.int64)
-        index += row_start + np.arange(self._slots, dtype=np.int64) * self.block
-        return Slots(torch.from_numpy(index), valid)
+            valid = torch.from_numpy(offset[:, self._slots - 1] < tail)
+        # 32 bits are twice as fast, and enough for every range but one of gigantic rows.
+        if count * self.columns + offset.shape[1] * self.block < 1 << 32:
+            offset += _block_starts(count, self.columns, offset.shape[1], self.block)
+            index = offset[:, : self._slots].astype(np.int64)
+        else:
+            index = offset[:, : self._slots].astype(np.int64)
+            index += np.arange(count, dtype=np.int64)[:, None] * self.columns
+            index += np.arange(self._slots, dtype=np.int64) * self.block
+        slots = Slots(torch.from_numpy(index), valid)
+        slots.repeat_before(slots.index)
+        return slots
 
-    def _offsets(self, start: int, count: int) -> np.ndarray:
-        """Column of each survivor within its block, uint32 (count, slots)."""
-        if self.block == 1:
-            return np.zeros((count, self._slots), dtype=np.uint32)
-        words = philox_words(self._seed, self._key, start * self._stride, count * self._stride)
-        lanes = words.view("<u2").reshape(count, -1)[:, : self._slots]
-        offset = lanes.astype(np.uint32)
-        offset *= self.block
-        offset >>= 16
-        return offset
+
+@lru_cache(maxsize=8)
+def _block_starts(count: int, columns: int, slots: int, block: int) -> np.ndarray:
+    """Flat position of the first column of each block, uint32 (count, slots)."""
+    starts = np.arange(count, dtype=np.uint32)[:, None] * np.uint32(columns)
+    return starts + np.arange(slots, dtype=np.uint32) * np.uint32(block)
 
 
 class BernoulliSupport(Support):

@@ -24,6 +24,8 @@ from dare_adapters.vocabulary import Resized, grow_rows, shrink_rows
 __all__ = ["Change", "Patch", "check"]
 
 Index = torch.Tensor | None
+# Positions in a range of fewer entries are kept in 32 bits.
+_INT32_ENTRIES = 1 << 31
 
 
 @dataclass
@@ -150,7 +152,10 @@ def _write(model: nn.Module, item: _Restorable, number: int) -> None:
     start, stop = item.ranges[number]
     view = item.change.target.view(model, item.shape)
     index, originals = apply_rows(view, item.change.deltas, start, stop)
-    keep = index.to(torch.int32) if index is not None and len(item.change.deltas) > 1 else None
+    keep = None
+    if index is not None and len(item.change.deltas) > 1:
+        small = (stop - start) * view.columns < _INT32_ENTRIES
+        keep = index.to(torch.int32) if small else index
     item.written[number] = (keep, originals)
 
 
@@ -189,13 +194,17 @@ def check(model: nn.Module, change: Change) -> None:
                 "or the class that finetuned_config.json names)"
             )
         return
-    for weighted in change.deltas:
-        shape = weighted.delta.shape
-        if shape == target.shape:
-            continue
+    shapes = {weighted.delta.shape for weighted in change.deltas}
+    if len(shapes) > 1:
+        listed = " and ".join(str(list(shape)) for shape in sorted(shapes))
+        raise ArchitectureMismatchError(
+            f"the active adapters change {target.owner} as one of {listed}; they were made for "
+            "different bases and cannot be active together"
+        )
+    for shape in shapes - {target.shape}:
         # A vocabulary that was padded or resized still begins with the base's rows.
         longer = len(shape) > 0 and shape[1:] == target.shape[1:] and shape[0] < target.shape[0]
-        if not (longer and target.whole and re.search(r"embed|wte|head", target.owner)):
+        if not (longer and target.whole and re.search(r"embed|wte|shared|head", target.owner)):
             raise ArchitectureMismatchError(
                 f"{target.owner} has the shape {list(target.shape)}, the adapter's {change.name} "
                 f"changes one of {list(shape)}; it was made for another architecture"

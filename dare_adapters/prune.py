@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from dare_adapters.difference import ParameterDifference
-from dare_adapters.mask import BernoulliSupport, BlockedSupport, Slots, Support, block_size
+from dare_adapters.mask import (
+    MAX_DROP_RATE,
+    BernoulliSupport,
+    BlockedSupport,
+    Slots,
+    Support,
+    block_size,
+)
 from dare_adapters.stored_support import StoredSupport
 
 __all__ = ["MASKS", "METHODS", "PruneRule", "largest_entries"]
@@ -45,6 +52,11 @@ class PruneRule:
             raise ValueError(f"mask is {self.mask!r}; there are {', '.join(MASKS)}")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
+        if self.drop_rate > MAX_DROP_RATE:
+            raise ValueError(
+                f"drop_rate is {self.drop_rate}; it must be at most 1 - 1/65536: no adapter keeps "
+                "fewer than one entry in 65536"
+            )
         if self.mask == "blocked" and self.block is None:
             raise ValueError(
                 f"a blocked mask needs drop_rate = 1 - 1/B with a whole B up to 65536 (0.5, 0.75, "

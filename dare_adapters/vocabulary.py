@@ -40,11 +40,16 @@ def grow_rows(model: nn.Module, owner: str, first: int, added: torch.Tensor) -> 
     """
     parameter = _find(model, owner)
     rows, last = len(parameter), first + len(added)
-    resized = Resized(owner, rows, first, parameter.data[first:last].clone(), [], False)
+    # Detached, not `.data`: autograd must see that the values changed.
+    values = parameter.detach()
+    resized = Resized(owner, rows, first, values[first:last].clone(), [], False)
     added = added.to(parameter.device, parameter.dtype)
-    parameter.data[first:last] = added[: rows - first]
-    if last > rows:
-        parameter.data = torch.cat([parameter.data, added[rows - first :]])
+    # What may run out of memory comes before the first change.
+    grown = torch.cat([values[:first], added]) if last > rows else None
+    if grown is None:
+        values[first:last] = added
+    else:
+        parameter.data = grown
         _tell_modules(model, parameter, rows, last, resized)
         if rows in (_vocab_size(model), _vocab_size(model, "text_config")):
             resized.vocab_size = True
@@ -59,7 +64,7 @@ def shrink_rows(model: nn.Module, resized: Resized) -> None:
     if grown > resized.rows:
         parameter.data = parameter.data[: resized.rows].clone()
     old = resized.overwritten
-    parameter.data[resized.first : resized.first + len(old)] = old
+    parameter.detach()[resized.first : resized.first + len(old)] = old
     for module, attribute, value in resized.attributes:
         setattr(model.get_submodule(module), attribute, value)
     if resized.vocab_size:
