@@ -314,9 +314,12 @@ _INFINITY = {
 
 
 def first_non_finite(flat: torch.Tensor) -> int | None:
-    """Position of the first NaN or infinity of a flat CPU float tensor, or None."""
+    """Position of the first NaN or infinity of a flat float tensor, or None."""
     if not flat.numel():
         return None
+    if flat.device.type != "cpu":
+        strange = ~torch.isfinite(flat)
+        return int(torch.nonzero(strange)[0]) if bool(strange.any()) else None
     signed, unsigned, positive, negative = _INFINITY[flat.dtype]
     bits = flat.view(getattr(torch, signed.__name__)).numpy()
     if int(bits.max()) < positive and int(bits.view(unsigned).max()) < negative:

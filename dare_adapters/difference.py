@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,10 @@ class ParameterDifference:
     @property
     def columns(self) -> int:
         return matrix_shape(self.shape)[1]
+
+    def to(self, device: str | torch.device) -> ParameterDifference:
+        """The same with the base's and the fine-tune's values on a device."""
+        return replace(self, base=self.base.to(device), finetuned=self.finetuned.to(device))
 
     def at(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The delta at positions relative to row `start`, float32, shape of `index`."""

@@ -147,7 +147,7 @@ def _encode_rows(
     stop: int,
 ) -> _Part:
     difference.check_finite(start, stop)
-    slots = support.slots(start, stop)
+    slots = support.slots(start, stop).to(difference.base.device)
     values = rule.survivors(difference, slots, start, stop)
     if bits >= 16:
         dtype = torch.float32 if bits == 32 else _sixteen_bits(difference, None)
@@ -159,7 +159,7 @@ def _encode_rows(
             _largest(values),
         )
         whole = support.row_counts is None
-        return _Part(values if whole else slots.compact(values), None, energy)
+        return _Part((values if whole else slots.compact(values)).cpu(), None, energy)
     quantised = codec.quantise(values, slots, bits)
     energy = Energy(
         int(slots.used_per_row().sum()), _total(quantised.signal), _total(quantised.rounding)
@@ -167,7 +167,7 @@ def _encode_rows(
     packed = codec.pack(quantised.codes, bits)
     if support.row_counts is not None:
         packed = _trim(packed, slots, bits)
-    return _Part(packed, quantised.scales, energy)
+    return _Part(packed.cpu(), quantised.scales.cpu(), energy)
 
 
 def _trim(packed: torch.Tensor, slots: Slots, bits: int) -> torch.Tensor:

@@ -66,7 +66,10 @@ def export(
         BaseMismatchError: `base` is not the adapter's base.
         CheckpointMismatchError: `base` lacks parameters that the adapter changes.
         AdapterFormatError, CheckpointError, AdapterExistsError, DareError: as they say.
+        ValueError: the weight is no finite number.
     """
+    if isinstance(weight, bool) or not abs(weight) < float("inf"):
+        raise ValueError(f"weight is {weight!r}; it must be a finite number")
     if not isinstance(adapter, Adapter):
         adapter = Adapter.from_pretrained(adapter, revision=adapter_revision, token=token)
     checkpoint = open_checkpoint(base, revision, token)
@@ -92,9 +95,14 @@ def check_base_checkpoint(base: Checkpoint, adapter: Adapter) -> None:
         BaseMismatchError: which parameters differ, and how far.
     """
     wrong: list[tuple[float, str]] = []
+    lacking = [name for name in adapter.config.witness if name not in base]
+    if lacking:
+        raise BaseMismatchError(
+            f"{base.path} is not the base of {adapter.path}: it lacks {len(lacking)} of its "
+            f"{len(adapter.config.witness)} parameters ({', '.join(lacking[:6])}). It was "
+            f"extracted over {adapter.config.base_model_name_or_path!r}"
+        )
     for name, text in adapter.config.witness.items():
-        if name not in base:
-            continue
         expected = decode_witness(name, text)
         value = base[name].reshape(-1)
         found = value[sample_positions(name, value.numel(), len(expected))]
@@ -146,7 +154,7 @@ def _write_shards(
     pool: ThreadPoolExecutor,
     bar: tqdm[None],
 ) -> None:
-    shards = {file: [n for n in own if n in names] for file, own in base.shards.items()}
+    shards = {file: [n for n in own if n in names] for file, own in sorted(base.shards.items())}
     shards = {file: own for file, own in shards.items() if own}
     new = {name: e for name, e in adapter.config.parameters.items() if e.kind == "new"}
     dtype = _main_dtype(base)

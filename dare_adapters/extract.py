@@ -70,6 +70,7 @@ def extract(
     finetuned_revision: str | None = None,
     token: str | bool | None = None,
     workers: int | None = None,
+    device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Adapter:
@@ -95,6 +96,8 @@ def extract(
         on_large_delta: what to do about a delta outside the range in which DARE is known to hold.
         revision, finetuned_revision, token: for hub ids.
         workers: threads; by default the cores, at most eight. They never change the result.
+        device: where survivors are gathered and rounded, such as "cuda"; masks are drawn on the
+            CPU. Sums on another device may round a scale differently.
         overwrite: replace `out` if it exists.
         progress: show a bar.
 
@@ -131,7 +134,7 @@ def extract(
     target = Path(out)
     with complete_directory(target, overwrite) as directory:
         require_space(directory, _expected_bytes(difference, plan))
-        _write_tensors(directory, difference, plan, config, workers, progress)
+        _write_tensors(directory, difference, plan, config, workers, progress, device)
         copy_companions(base_checkpoint.path, finetuned_checkpoint.path, directory)
         config.save(directory)
         write_model_card(directory, config, base_checkpoint.nbytes)
@@ -224,6 +227,7 @@ def _write_tensors(
     config: DareConfig,
     workers: int | None,
     progress: bool,
+    device: str | torch.device,
 ) -> None:
     """Stream all parameters into the tensors file and fill the config's entries."""
     base = difference.base
@@ -245,7 +249,7 @@ def _write_tensors(
                 bar.update(base.info[name].nbytes)
 
             for name in difference:
-                begun.append((name, _encode(pool, difference, name, plan, config.seed)))
+                begun.append((name, _encode(pool, difference, name, plan, config.seed, device)))
                 if len(begun) > AHEAD:
                     finish()
             while begun:
@@ -259,15 +263,24 @@ def _write_tensors(
 
 
 def _encode(
-    pool: ThreadPoolExecutor, source: Difference, name: str, plan: _Plan, seed: int
+    pool: ThreadPoolExecutor,
+    source: Difference,
+    name: str,
+    plan: _Plan,
+    seed: int,
+    device: str | torch.device,
 ) -> Callable[[], EncodedParameter | None]:
     """Begin with one parameter; the result is None where the fine-tune did not change it."""
     difference = source[name]
     rule = plan.rule_for(name, difference.shape)
     if rule is None:
-        begun = pool.submit(encode_dense, difference).result
+        future = pool.submit(encode_dense, difference)
+
+        def begun() -> EncodedParameter:
+            return future.result()
+
     else:
-        begun = encode_sparse(pool, difference, rule, seed, plan.bits)
+        begun = encode_sparse(pool, difference.to(device), rule, seed, plan.bits)
 
     def result() -> EncodedParameter | None:
         encoded = begun()

@@ -285,8 +285,11 @@ def _lock(model: nn.Module) -> WeightsLock:
     state: LiveAdapters | None = model.__dict__.get(_STATE) or model.__dict__.get(_OUTER)
     if state is not None:
         return state.lock
-    with _making:
-        return _locks.setdefault(model, WeightsLock())
+    lock = _locks.get(model)
+    if lock is None:
+        with _making:
+            lock = _locks.setdefault(model, WeightsLock())
+    return lock
 
 
 def _active(model: nn.Module) -> LiveAdapters | None:

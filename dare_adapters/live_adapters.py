@@ -69,19 +69,20 @@ class LiveAdapters:
             AdapterExistsError, ArchitectureMismatchError, BaseMismatchError,
             UnsupportedParameterError: as `load_dare_adapter` says.
         """
-        with self.lock.writing(), self.suspended(model):
+        with self.lock.writing():
             if name in self.loaded:
                 raise AdapterExistsError(
                     f"an adapter {name!r} is loaded already ({self._names()}); choose another "
                     "adapter_name, or delete_dare_adapter it first"
                 )
-            places = tuple(_place(model, adapter, strict) for adapter, _ in components)
-            loaded = LoadedAdapter(tuple(components), places)
-            for change in self._changes(model, [(loaded, 1.0)]):
-                check(model, change)
-            if check_base:
-                for (adapter, _), place in zip(components, places, strict=True):
-                    _check_witness(model, adapter, place)
+            with self.suspended(model):
+                places = tuple(_place(model, adapter, strict) for adapter, _ in components)
+                loaded = LoadedAdapter(tuple(components), places)
+                for change in self._changes(model, [(loaded, 1.0)]):
+                    check(model, change)
+                if check_base:
+                    for (adapter, _), place in zip(components, places, strict=True):
+                        _check_witness(model, adapter, place)
             self.loaded[name] = loaded
 
     def activate(self, model: PreTrainedModel, weights: Mapping[str, float]) -> None:
@@ -90,9 +91,9 @@ class LiveAdapters:
         Raises:
             AdapterNotFoundError: a name is not loaded.
         """
-        for name in weights:
-            self.get(name)
         with self.lock.writing():
+            for name in weights:
+                self.get(name)
             before = dict(self.active)
             self.patch.restore(model)
             self.active = {}
@@ -104,8 +105,8 @@ class LiveAdapters:
 
     def delete(self, model: PreTrainedModel, name: str) -> None:
         """Unload an adapter; where it was active the others stay active."""
-        self.get(name)
         with self.lock.writing():
+            self.get(name)
             if name in self.active:
                 rest = {other: w for other, w in self.active.items() if other != name}
                 self.activate(model, rest)

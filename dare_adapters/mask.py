@@ -99,6 +99,11 @@ class Slots:
         """Whether every unused slot has a slot before it that it can repeat."""
         return self.valid is None or (self.valid.dim() == 1 and self.index.shape[1] > 1)
 
+    def to(self, device: torch.device) -> Slots:
+        """The same on a device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return Slots(self.index.to(device), valid)
+
     def repeat_before(self, matrix: torch.Tensor) -> torch.Tensor:
         """Set an unused last entry to the one before it, in place; 0 where there is none.
 
@@ -121,7 +126,7 @@ class Slots:
         """How many slots of each row are used, int64 (n,)."""
         count, width = self.index.shape
         if self.valid is None:
-            return torch.full((count,), width)
+            return torch.full((count,), width, device=self.index.device)
         if self.valid.dim() == 1:
             return self.valid.to(torch.int64) + (width - 1)
         return self.valid.sum(dim=1)
@@ -219,8 +224,9 @@ class BlockedSupport(Support):
 @lru_cache(maxsize=8)
 def _block_starts(count: int, columns: int, slots: int, block: int) -> np.ndarray:
     """Flat position of the first column of each block, uint32 (count, slots)."""
-    starts = np.arange(count, dtype=np.uint32)[:, None] * np.uint32(columns)
-    return starts + np.arange(slots, dtype=np.uint32) * np.uint32(block)
+    row_starts = np.arange(count, dtype=np.uint32)[:, None] * np.uint32(columns)
+    starts: np.ndarray = row_starts + np.arange(slots, dtype=np.uint32) * np.uint32(block)
+    return starts
 
 
 class BernoulliSupport(Support):

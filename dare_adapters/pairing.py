@@ -91,7 +91,8 @@ def _check_missing(
     base: Checkpoint, finetuned: Checkpoint, pairing: Pairing, ignore_missing: Sequence[str]
 ) -> None:
     """Base parameters without a partner are an error unless something explains them."""
-    missing = [name for name in base if name not in pairing.common]
+    accounted = {*pairing.common, *pairing.ignored}
+    missing = [name for name in base if name not in accounted]
     tied = set(_tied_copies(finetuned, base, pairing))
     backbone = _backbone_prefix(base)
     other_class = base.architectures != finetuned.architectures

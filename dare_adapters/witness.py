@@ -24,8 +24,8 @@ _NAMES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def sample_positions(name: str, numel: int, count: int = WITNESS_VALUES) -> torch.Tensor:
-    """Flat positions, int64 (count,), drawn from the parameter's name alone."""
-    words = philox_words(0, parameter_key(name), 0, -(-count // 4))[:count]
+    """Flat positions, int64 (count,), drawn from the parameter's name alone; none of nothing."""
+    words = philox_words(0, parameter_key(name), 0, -(-count // 4))[: count if numel else 0]
     return torch.from_numpy((words % np.uint64(max(numel, 1))).astype(np.int64))
 
 

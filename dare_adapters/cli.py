@@ -1,0 +1,302 @@
+"""The command line: extract, inspect, verify, export.
+
+Exit codes: 0 done; 1 the input is at fault (the message says how); 2 the call is (usage).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from dare_adapters._version import __version__
+from dare_adapters.adapter import Adapter
+from dare_adapters.checkpoint import open_checkpoint
+from dare_adapters.errors import DareError, DareWarning
+from dare_adapters.export import check_base_checkpoint
+from dare_adapters.export import export as export_checkpoint
+from dare_adapters.extract import extract as extract_adapter
+from dare_adapters.inspection import Inspection, inspect_adapter, plot_histogram
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dare-adapters",
+    help="Full fine-tunes as compact adapters over a shared base (DARE, arXiv 2311.03099).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+class Method(str, Enum):
+    """How a delta is pruned."""
+
+    dare = "dare"
+    drop_only = "drop_only"
+    magnitude = "magnitude"
+
+
+class Mask(str, Enum):
+    """Which random mask is drawn."""
+
+    auto = "auto"
+    blocked = "blocked"
+    bernoulli = "bernoulli"
+
+
+class OnLargeDelta(str, Enum):
+    """What to do about a delta that DARE is not known to survive."""
+
+    warn = "warn"
+    error = "error"
+    ignore = "ignore"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads (default: cores, at most 8).")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision of the base.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def extract(  # noqa: PLR0917 (typer reads options from the signature)
+    base: Annotated[str, typer.Argument(help="Base model: directory or hub id.")],
+    finetuned: Annotated[str, typer.Argument(help="Its full fine-tune: directory or hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Adapter directory to write.")],
+    drop_rate: Annotated[float, typer.Option(help="Share of the delta that is dropped.")] = 0.9,
+    bits: Annotated[int, typer.Option(help="Bits a survivor: 32, 16, 8, 4, 2, 1.")] = 4,
+    method: Annotated[Method, typer.Option(help="How to prune.")] = Method.dare,
+    mask: Annotated[Mask, typer.Option(help="Which random mask.")] = Mask.auto,
+    seed: Annotated[int | None, typer.Option(help="Default: from the fine-tune itself.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Prune only these (globs).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Keep these whole (globs).")] = None,
+    drop_rate_for: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB=P", help="Another drop rate for these.")
+    ] = None,
+    ignore_missing: Annotated[
+        list[str] | None, typer.Option(help="Base parameters the fine-tune may lack (globs).")
+    ] = None,
+    on_large_delta: Annotated[OnLargeDelta, typer.Option()] = OnLargeDelta.warn,
+    revision: Revision = None,
+    finetuned_revision: Annotated[str | None, typer.Option()] = None,
+    workers: Workers = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 …")] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a full fine-tune into an adapter over its base."""
+    rates = {}
+    for item in drop_rate_for or []:
+        pattern, _, rate = item.rpartition("=")
+        try:
+            rates[pattern] = float(rate)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{item!r} is not GLOB=P", param_hint="drop-rate-for"
+            ) from error
+    with _plain_errors(as_json):
+        adapter = extract_adapter(
+            base,
+            finetuned,
+            output,
+            drop_rate=drop_rate,
+            bits=bits,
+            method=method.value,
+            mask=mask.value,
+            seed=seed,
+            include=include or ("*",),
+            exclude=exclude or (),
+            drop_rates=rates,
+            ignore_missing=ignore_missing or (),
+            on_large_delta=on_large_delta.value,
+            revision=revision,
+            finetuned_revision=finetuned_revision,
+            workers=workers,
+            device=device,
+            overwrite=force,
+            progress=not as_json and sys.stderr.isatty(),
+        )
+        full = open_checkpoint(finetuned, finetuned_revision).nbytes
+        result = {
+            "adapter": str(output),
+            "bytes": adapter.nbytes,
+            "finetuned_bytes": full,
+            "times_smaller": full / adapter.nbytes,
+            "seed": adapter.config.seed,
+        }
+    if as_json:
+        _print_json(result)
+    else:
+        out.print(
+            f"[bold]{output}[/]: {adapter.nbytes / 1e6:.2f} MB, "
+            f"{full / adapter.nbytes:.1f} times smaller than {full / 1e6:.1f} MB"
+        )
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Adapter: directory or hub id.")],
+    plot: Annotated[Path | None, typer.Option(help="Write the histogram as a picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter holds: config, sizes, errors by group, a histogram of |delta|."""
+    with _plain_errors(as_json):
+        inspection = inspect_adapter(Adapter.from_pretrained(adapter))
+        if plot is not None:
+            plot_histogram(inspection, plot, adapter)
+    if as_json:
+        _print_json(inspection.to_json())
+    else:
+        _show(inspection)
+
+
+@app.command()
+def verify(
+    adapter: Annotated[str, typer.Argument(help="Adapter: directory or hub id.")],
+    base: Annotated[str | None, typer.Option(help="Compare it with this base too.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Check an adapter: digest, every shape, every number; with --base, that it fits a base."""
+    with _plain_errors(as_json):
+        opened = Adapter.from_pretrained(adapter)
+        for _, delta in opened.deltas():
+            for start, stop in delta.row_ranges():
+                delta.read(start, stop)
+        if base is not None:
+            check_base_checkpoint(open_checkpoint(base, revision), opened)
+    result = {"adapter": adapter, "valid": True, "parameters": len(opened), "base": base}
+    if as_json:
+        _print_json(result)
+    else:
+        fits = f", and {base} is its base" if base else ""
+        out.print(f"{adapter}: sound, {len(opened)} parameters{fits}")
+
+
+@app.command()
+def export(
+    base: Annotated[str, typer.Argument(help="Base model: directory or hub id.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: directory or hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to write.")],
+    weight: Annotated[float, typer.Option(help="Factor of the delta.")] = 1.0,
+    check_base: Annotated[bool, typer.Option(help="Refuse another base.")] = True,
+    revision: Revision = None,
+    workers: Workers = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the full checkpoint that a base and an adapter make."""
+    with _plain_errors(as_json):
+        export_checkpoint(
+            base,
+            adapter,
+            output,
+            weight=weight,
+            check_base=check_base,
+            revision=revision,
+            workers=workers,
+            overwrite=force,
+            progress=not as_json and sys.stderr.isatty(),
+        )
+    if as_json:
+        _print_json({"checkpoint": str(output)})
+    else:
+        out.print(f"[bold]{output}[/]: written; AutoModel….from_pretrained loads it")
+
+
+@contextmanager
+def _plain_errors(as_json: bool) -> Iterator[None]:
+    """Errors and warnings as sentences on stderr, and exit code 1, never a traceback."""
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, DareWarning):
+            err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
+        else:
+            plain(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DareWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except (DareError, ValueError, OSError) as error:
+            if as_json:
+                _print_json({"error": type(error).__name__, "message": str(error)})
+            else:
+                err.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(1) from None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _show(inspection: Inspection) -> None:
+    table = Table("field", "value", title="config")
+    for key, value in inspection.summary.items():
+        if value not in (None, [], ""):
+            table.add_row(key, str(value))
+    out.print(table)
+    table = Table("part", "bytes", title="sizes")
+    for key, size in inspection.bytes_by_part.items():
+        table.add_row(key, f"{size:,}")
+    for kind, count in inspection.kinds.items():
+        table.add_row(f"parameters: {kind}", str(count))
+    table.add_row("bits for each pruned entry", f"{inspection.bits_per_pruned_parameter:.3f}")
+    out.print(table)
+    table = Table(
+        Column("parameters", overflow="fold"),
+        "entries",
+        "rms of delta",
+        "drop error",
+        "rounding error",
+        title="squared error over squared delta",
+    )
+    for name, group in inspection.groups.items():
+        table.add_row(
+            name,
+            f"{group['entries']:,.0f}",
+            f"{group['delta_rms']:.3g}",
+            f"{group['drop_error']:.3g}",
+            f"{group['rounding_error']:.3g}",
+        )
+    out.print(table)
+    _show_histogram(inspection)
+
+
+def _show_histogram(inspection: Inspection) -> None:
+    table = Table("|delta| up to", "share", "", title="histogram of |delta|, of what was kept")
+    total, largest = sum(inspection.counts), max([*inspection.counts, 1])
+    filled = [number for number, count in enumerate(inspection.counts) if count]
+    for number in range(min(filled, default=0), max(filled, default=-1) + 1):
+        count = inspection.counts[number]
+        bar = "█" * round(40 * count / largest)
+        table.add_row(f"{inspection.edges[number + 1]:.2g}", f"{count / max(total, 1):.2%}", bar)
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
