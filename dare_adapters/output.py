@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -74,7 +75,7 @@ def require_space(directory: Path, nbytes: int) -> None:
 
 def _remove_abandoned(target: Path, host: str) -> None:
     """What a killed process left: partial directories of this host's dead processes."""
-    for left in target.parent.glob(f".{target.name}.partial-{host}-*"):
+    for left in target.parent.glob(glob.escape(f".{target.name}.partial-{host}-") + "*"):
         pid = left.name.removeprefix(f".{target.name}.partial-{host}-").split("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
             if left.name.endswith("-old") and not target.exists():

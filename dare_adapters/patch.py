@@ -91,10 +91,12 @@ class Patch:
         """Put every original bit back."""
         self._each_range(model, self._done, _put_back)
         for item in self._done:
-            if item.original is not None:
-                item.change.target.tensor(model).detach().copy_(item.original)
-            if item.resized is not None:
-                shrink_rows(model, item.resized)
+            owner = item.change.target.tensor(model)
+            with _mode(owner):
+                if item.original is not None:
+                    owner.detach().copy_(item.original)
+                if item.resized is not None:
+                    shrink_rows(model, item.resized)
         self._done = []
 
     def forget(self) -> None:
@@ -121,11 +123,12 @@ class Patch:
         if owner.device.type != "cpu" and ranges:
             ranges = [(0, ranges[-1][1])]  # launches cost more than memory there
         item = _Restorable(change, shape, ranges, [None] * len(ranges))
-        if change.value is not None:
-            item.original = owner.detach().clone()
-            owner.detach().copy_(change.value)
-        elif change.added_rows is not None:
-            item.resized = grow_rows(model, change.target.owner, shape[0], change.added_rows)
+        with _mode(owner):
+            if change.value is not None:
+                item.original = owner.detach().clone()
+                owner.detach().copy_(change.value)
+            elif change.added_rows is not None:
+                item.resized = grow_rows(model, change.target.owner, shape[0], change.added_rows)
         return item
 
     @staticmethod
@@ -148,10 +151,20 @@ def _run(pool: ThreadPoolExecutor, tasks: Sequence[Callable[[], None]]) -> None:
         raise errors[0]
 
 
+def _mode(owner: torch.Tensor) -> torch.inference_mode:
+    """Inference mode for a parameter that was made in it, and for no other.
+
+    Worker threads do not inherit the caller's mode, and a vocabulary that grew in it could not be
+    changed outside it any more.
+    """
+    return torch.inference_mode(owner.is_inference())
+
+
 def _write(model: nn.Module, item: _Restorable, number: int) -> None:
     start, stop = item.ranges[number]
     view = item.change.target.view(model, item.shape)
-    index, originals = apply_rows(view, item.change.deltas, start, stop)
+    with _mode(view.storage):
+        index, originals = apply_rows(view, item.change.deltas, start, stop)
     keep = None
     if index is not None and len(item.change.deltas) > 1:
         small = (stop - start) * view.columns < _INT32_ENTRIES
@@ -171,7 +184,8 @@ def _put_back(model: nn.Module, item: _Restorable, number: int) -> None:
     elif len(item.change.deltas) == 1:
         index = item.change.deltas[0].delta.positions(start, stop)
     values = originals.to(view.device, view.dtype)
-    view.put(start, stop, view.on_device(index), values)
+    with _mode(view.storage):
+        view.put(start, stop, view.on_device(index), values)
     item.written[number] = None
 
 
