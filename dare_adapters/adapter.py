@@ -239,13 +239,18 @@ def resolve_adapter(
     if path.exists():
         raise AdapterNotFoundError(f"{source} is a file; an adapter is a directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Of a repository that is a whole model by mistake, not its weights.
+    wanted = [WEIGHTS_NAME, "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
     try:
         found = snapshot_download(
-            str(source), revision=revision, token=token, ignore_patterns=["*/*", "*.bin", "*.pt"]
+            str(source),
+            revision=revision,
+            token=token,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*"],
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub's client, its HTTP library, or the disk
         raise AdapterNotFoundError(
             f"{str(source)!r} is neither a directory nor an adapter that the hub can give: {error}"
         ) from error

@@ -173,34 +173,28 @@ def open_checkpoint(
 
 def _download(repo: str, revision: str | None, token: str | bool | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     small = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-    found: Path | None = None
     try:
         # Weights in the pickle format are fetched only where there are no others.
-        for weights in (["*.safetensors"], ["pytorch_model*.bin"]):
+        for single, weights in ((SAFETENSORS, "*.safetensors"), (PICKLED, "pytorch_model*.bin")):
             found = Path(
                 snapshot_download(
                     repo,
                     revision=revision,
                     token=token,
-                    allow_patterns=weights + small,
-                    ignore_patterns=["*/*"],
+                    allow_patterns=[weights, *small],
+                    # "consolidated": the same weights once more, under other names.
+                    ignore_patterns=["*/*", "consolidated*"],
                 )
             )
-            if _has_weights(found):
+            if (found / single).is_file() or (found / f"{single}.index.json").is_file():
                 return found
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub's client, its HTTP library, or the disk
         raise CheckpointError(
             f"{repo!r} is neither a directory nor a model that the hub can give: {error}"
         ) from error
     raise CheckpointError(f"{repo!r} has neither safetensors nor pytorch_model.bin weights")
-
-
-def _has_weights(path: Path) -> bool:
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    return any(next(path.glob(pattern), None) is not None for pattern in patterns)
 
 
 def _list_shards(path: Path) -> dict[str, list[str] | None]:

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -106,15 +107,8 @@ def extract(  # noqa: PLR0917 (typer reads options from the signature)
     as_json: Json = False,
 ) -> None:
     """Turn a full fine-tune into an adapter over its base."""
-    rates = {}
-    for item in drop_rate_for or []:
-        pattern, _, rate = item.rpartition("=")
-        try:
-            rates[pattern] = float(rate)
-        except ValueError as error:
-            raise typer.BadParameter(
-                f"{item!r} is not GLOB=P", param_hint="drop-rate-for"
-            ) from error
+    rates = _drop_rates(drop_rate_for or [])
+    _check_device(device)
     with _plain_errors(as_json):
         adapter = extract_adapter(
             base,
@@ -148,8 +142,8 @@ def extract(  # noqa: PLR0917 (typer reads options from the signature)
     if as_json:
         _print_json(result)
     else:
-        out.print(
-            f"[bold]{output}[/]: {adapter.nbytes / 1e6:.2f} MB, "
+        _say(
+            f"[bold]{escape(str(output))}[/]: {adapter.nbytes / 1e6:.2f} MB, "
             f"{full / adapter.nbytes:.1f} times smaller than {full / 1e6:.1f} MB"
         )
 
@@ -191,7 +185,7 @@ def verify(
         _print_json(result)
     else:
         fits = f", and {base} is its base" if base else ""
-        out.print(f"{adapter}: sound, {len(opened)} parameters{fits}")
+        _say(escape(f"{adapter}: sound, {len(opened)} parameters{fits}"))
 
 
 @app.command()
@@ -222,7 +216,31 @@ def export(
     if as_json:
         _print_json({"checkpoint": str(output)})
     else:
-        out.print(f"[bold]{output}[/]: written; AutoModel….from_pretrained loads it")
+        _say(f"[bold]{escape(str(output))}[/]: written; AutoModel….from_pretrained loads it")
+
+
+def _drop_rates(items: list[str]) -> dict[str, float]:
+    rates = {}
+    for item in items:
+        pattern, _, rate = item.rpartition("=")
+        try:
+            rates[pattern] = float(rate)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise typer.BadParameter(f"{item!r} is not GLOB=P", param_hint="--drop-rate-for")
+    return rates
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine or this build of torch does not have."""
+    try:
+        usable = torch.zeros(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise typer.BadParameter(f"{device!r}: {reason}", param_hint="--device") from error
+    if not usable:
+        raise typer.BadParameter("'meta' computes nothing", param_hint="--device")
 
 
 @contextmanager
@@ -232,7 +250,7 @@ def _plain_errors(as_json: bool) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, DareWarning):
-            err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
+            _complain("[yellow]warning:[/]", message)
         else:
             plain(message, category, *place, **more)
 
@@ -245,8 +263,20 @@ def _plain_errors(as_json: bool) -> Iterator[None]:
             if as_json:
                 _print_json({"error": type(error).__name__, "message": str(error)})
             else:
-                err.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
+                _complain(f"[red]{type(error).__name__}:[/]", error)
             raise typer.Exit(1) from None
+
+
+def _say(line: str) -> None:
+    """One line, however long: a path that is broken over two cannot be copied."""
+    out.print(line, soft_wrap=True)
+
+
+def _complain(kind: str, message: object) -> None:
+    """One line on stderr, also of messages of other libraries that have several."""
+    lines = (line.strip() for line in str(message).splitlines())
+    text = escape(" ".join(line for line in lines if line))
+    err.print(f"{kind} {text}", highlight=False, soft_wrap=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -257,7 +287,7 @@ def _show(inspection: Inspection) -> None:
     table = Table("field", "value", title="config")
     for key, value in inspection.summary.items():
         if value not in (None, [], ""):
-            table.add_row(key, str(value))
+            table.add_row(key, escape(str(value)))
     out.print(table)
     table = Table("part", "bytes", title="sizes")
     for key, size in inspection.bytes_by_part.items():
@@ -276,14 +306,20 @@ def _show(inspection: Inspection) -> None:
     )
     for name, group in inspection.groups.items():
         table.add_row(
-            name,
-            f"{group['entries']:,.0f}",
-            f"{group['delta_rms']:.3g}",
-            f"{group['drop_error']:.3g}",
-            f"{group['rounding_error']:.3g}",
+            escape(name),
+            _number(group, "entries", ",.0f"),
+            _number(group, "delta_rms", ".3g"),
+            _number(group, "drop_error", ".3g"),
+            _number(group, "rounding_error", ".3g"),
         )
     out.print(table)
     _show_histogram(inspection)
+
+
+def _number(group: Any, key: str, style: str) -> str:
+    """A measurement, as far as the config has it: these fields are anyone's to edit."""
+    value = group.get(key) if isinstance(group, dict) else None
+    return format(value, style) if isinstance(value, (int, float)) else "?"
 
 
 def _show_histogram(inspection: Inspection) -> None:

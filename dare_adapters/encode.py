@@ -22,7 +22,8 @@ from dare_adapters.tensor_file import DTYPE_NAMES
 
 __all__ = ["EncodedParameter", "Energy", "encode_dense", "encode_new", "encode_sparse"]
 
-_FLOAT16_MAX = 65504.0
+# Above it is infinity; with a largest value below, most others have fewer bits than in bfloat16.
+_FLOAT16_RANGE = (2.0**-10, 65504.0)
 
 
 @dataclass
@@ -122,7 +123,9 @@ def _join(
         stored, entry.exponent = codec.store_scales(scales)
         tensors[tensor_key(difference.name, "scales")] = stored
     elif bits == 16:
-        values = values.to(_sixteen_bits(difference, energy))
+        rounded = values.to(_sixteen_bits(difference, energy.largest))
+        energy.rounding = _energy(rounded.to(torch.float32).sub_(values))
+        values = rounded
     if bits >= 16:
         entry.dtype = DTYPE_NAMES[values.dtype]
     if rule.block is not None:
@@ -150,14 +153,9 @@ def _encode_rows(
     slots = support.slots(start, stop).to(difference.base.device)
     values = rule.survivors(difference, slots, start, stop)
     if bits >= 16:
-        dtype = torch.float32 if bits == 32 else _sixteen_bits(difference, None)
-        rounded = values.to(dtype).to(torch.float32, copy=True)  # measured in place
-        energy = Energy(
-            int(slots.used_per_row().sum()),
-            _total(codec.row_dot(values, values)),
-            _total(codec.row_dot(rounded.sub_(values), rounded)),
-            _largest(values),
-        )
+        # Which 16 bits is known, and rounding measured, when the largest of all is.
+        used = int(slots.used_per_row().sum())
+        energy = Energy(used, _energy(values), 0.0, _largest(values))
         whole = support.row_counts is None
         return _Part((values if whole else slots.compact(values)).cpu(), None, energy)
     quantised = codec.quantise(values, slots, bits)
@@ -181,16 +179,21 @@ def _total(rows: torch.Tensor) -> float:
     return float(rows.sum(dtype=torch.float64))
 
 
+def _energy(values: torch.Tensor) -> float:
+    matrix = values if values.dim() == 2 else values[None]
+    return _total(codec.row_dot(matrix, matrix))
+
+
 def _largest(values: torch.Tensor) -> float:
     return float(values.abs().amax()) if values.numel() else 0.0
 
 
-def _sixteen_bits(difference: ParameterDifference, energy: Energy | None) -> torch.dtype:
-    """The checkpoint's dtype where it has 16 bits, else float16 while the values fit it."""
-    dtype = difference.finetuned.dtype
-    if dtype.itemsize == 2 and (dtype == torch.bfloat16 or energy is None):
-        return dtype
-    return torch.bfloat16 if energy and energy.largest > _FLOAT16_MAX else torch.float16
+def _sixteen_bits(difference: ParameterDifference, largest: float) -> torch.dtype:
+    """bfloat16 for a bfloat16 checkpoint; else float16, unless values are out of its best range."""
+    low, high = _FLOAT16_RANGE
+    if difference.finetuned.dtype == torch.bfloat16 or not low <= largest <= high:
+        return torch.bfloat16
+    return torch.float16
 
 
 def encode_dense(difference: ParameterDifference) -> EncodedParameter:

@@ -24,7 +24,7 @@ from dare_adapters.matrix import MatrixView
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.parallel import worker_pool
 from dare_adapters.tensor_file import TensorFileWriter
-from dare_adapters.witness import decode_witness, sample_positions
+from dare_adapters.witness import decode_witness
 
 __all__ = ["check_base_checkpoint", "export"]
 
@@ -103,9 +103,12 @@ def check_base_checkpoint(base: Checkpoint, adapter: Adapter) -> None:
             f"extracted over {adapter.config.base_model_name_or_path!r}"
         )
     for name, text in adapter.config.witness.items():
-        expected = decode_witness(name, text)
+        positions, expected = decode_witness(name, text)
         value = base[name].reshape(-1)
-        found = value[sample_positions(name, value.numel(), len(expected))]
+        if len(positions) and int(positions.max()) >= len(value):
+            wrong.append((float("inf"), name))
+            continue
+        found = value[positions]
         if not torch.equal(found.to(torch.float64), expected.to(torch.float64)):
             wrong.append((float((found.double() - expected.double()).abs().max()), name))
     if wrong:
@@ -142,7 +145,19 @@ def _exported_names(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
             return name.removeprefix(prefix[1:])
         return prefix + name
 
-    return {name: rename(name) for name in base if name not in left_out | replaced}
+    names = {name: rename(name) for name in base if name not in left_out | replaced}
+    new = [
+        entry.finetuned_name or name
+        for name, entry in config.parameters.items()
+        if entry.kind == "new"
+    ]
+    written = [*names.values(), *new]
+    if len(set(written)) < len(written):
+        twice = sorted(name for name, count in Counter(written).items() if count > 1)
+        raise CheckpointMismatchError(
+            f"{adapter.path} over {base.path} would write {', '.join(twice[:6])} twice"
+        )
+    return names
 
 
 def _write_shards(

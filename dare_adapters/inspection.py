@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dare_adapters.adapter import Adapter
-from dare_adapters.config import CONFIG_NAME, tensor_nbytes
+from dare_adapters.config import CONFIG_NAME, WEIGHTS_NAME, tensor_nbytes
+from dare_adapters.errors import DareError
 
 __all__ = ["Inspection", "inspect_adapter", "plot_histogram"]
 
@@ -31,7 +32,8 @@ class Inspection:
             of the parameters that were pruned.
         kinds: how many parameters are stored how.
         groups: sizes and errors of parameters that differ only in their layer's number.
-        edges, counts: histogram of |delta| before rescaling, of a sample of the survivors.
+        edges, counts: histogram of |delta| before rescaling, of a sample of the survivors; each
+            bin holds its upper edge, zeros are in none.
     """
 
     summary: dict[str, Any]
@@ -57,11 +59,13 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
         size = tensor_nbytes(dtype, shape)
         parts[part] = parts.get(part, 0) + size
         packed += size if part in ("values", "scales", "support") else 0
+    # What a safetensors file says of its tensors, ahead of them.
+    parts["header"] = (adapter.path / WEIGHTS_NAME).stat().st_size - sum(parts.values())
     parts["config"] = (adapter.path / CONFIG_NAME).stat().st_size
     parts["other files"] = sum(
         file.stat().st_size
         for file in adapter.path.iterdir()
-        if file.is_file() and file.name not in (CONFIG_NAME, "adapter_model.safetensors")
+        if file.is_file() and file.name not in (CONFIG_NAME, WEIGHTS_NAME)
     )
     kinds: dict[str, int] = {}
     for entry in config.parameters.values():
@@ -89,15 +93,24 @@ def _histogram(adapter: Adapter) -> np.ndarray:
         if entry.kind == "sparse" and adapter.config.rescale and entry.drop_rate is not None:
             factor = 1 - entry.drop_rate
         rows = max(1, round(share * delta.rows))
-        _, values = delta.read(0, rows)
+        index, values = delta.read(0, rows)
         magnitude = np.abs(values.numpy()) * factor
+        if index is not None:  # a position that comes twice, one right after the other, counts once
+            magnitude = magnitude[np.diff(index.numpy(), prepend=-1) != 0]
         counts += np.bincount(np.searchsorted(_EDGES, magnitude), minlength=len(counts))
     return counts[1:-1]
 
 
 def plot_histogram(inspection: Inspection, file: Path, title: str) -> None:
-    """Write the histogram of |delta| as a picture (PNG, PDF or SVG, by the ending)."""
-    import matplotlib
+    """Write the histogram of |delta| as a picture (PNG, PDF or SVG, by the ending).
+
+    Raises:
+        DareError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DareError("a plot needs matplotlib: pip install 'dare-adapters[plot]'") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -110,6 +123,6 @@ def plot_histogram(inspection: Inspection, file: Path, title: str) -> None:
     axes.text(0.0052, axes.get_ylim()[1] * 0.9, "0.005", color="#EE6677")
     axes.set_xlabel("|fine-tune − base| of the entries that were kept")
     axes.set_ylabel("entries")
-    axes.set_title(re.sub(r"^.*/", "", title))
+    axes.set_title(re.sub(r"^.*/", "", title.rstrip("/")), parse_math=False)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

@@ -26,15 +26,16 @@ def complete_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         DareError: the disk is full or not writable.
     """
     target = Path(os.path.abspath(target))
+    host = socket.gethostname()
+    if target.parent.is_dir():
+        _remove_abandoned(target, host)
     if target.exists() and not overwrite:
         raise AdapterExistsError(f"{target} exists; choose another path, or overwrite it (--force)")
-    host = socket.gethostname()
     partial = target.with_name(
         f".{target.name}.partial-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target, host)
         partial.mkdir()
         yield partial
         for file in partial.iterdir():

@@ -30,27 +30,28 @@ def sample_positions(name: str, numel: int, count: int = WITNESS_VALUES) -> torc
 
 
 def encode_witness(name: str, base: torch.Tensor) -> str:
-    """The base's values at the witness positions: dtype and base64 of the raw bytes."""
+    """The base's values at the witness positions: dtype, size of the parameter, base64 of bytes."""
     values = base.reshape(-1)[sample_positions(name, base.numel())]
     raw = values.contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{_DTYPES[base.dtype]}:{base64.b64encode(raw).decode()}"
+    return f"{_DTYPES[base.dtype]}:{base.numel()}:{base64.b64encode(raw).decode()}"
 
 
-def decode_witness(name: str, text: str) -> torch.Tensor:
-    """The values again, (8,) in the dtype that the base's checkpoint had.
+def decode_witness(name: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions, int64 (8,), and the values there, (8,) in the dtype of the base's checkpoint.
 
     Raises:
         AdapterFormatError: it is not a witness.
     """
-    kind, _, encoded = text.partition(":") if isinstance(text, str) else ("", "", "")
     try:
+        kind, size, encoded = text.split(":")
         raw = base64.b64decode(encoded, validate=True)
         values = torch.frombuffer(bytearray(raw), dtype=_NAMES[kind])
-    except (KeyError, ValueError) as error:
+        positions = sample_positions(name, int(size))
+    except (AttributeError, KeyError, ValueError, OverflowError) as error:
         raise AdapterFormatError(f"the witness of {name} is {text!r:.60}, not values") from error
-    if len(values) != WITNESS_VALUES:
+    if len(values) != len(positions):
         raise AdapterFormatError(f"the witness of {name} has {len(values)} values")
-    return values
+    return positions, values
 
 
 def matches(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

@@ -246,8 +246,12 @@ def rotated() -> PreTrainedModel:
     """A Llama whose checkpoint has queries and keys in Meta's order of rotary pairs."""
     model = LlamaForCausalLM(tiny_llama(num_key_value_heads=4))
     model._weight_conversions = [
-        WeightConverter(r"self_attn.wq.weight", r"self_attn.q_proj.weight", [PermuteForRope()]),
-        WeightConverter(r"self_attn.wk.weight", r"self_attn.k_proj.weight", [PermuteForRope()]),
+        WeightConverter(
+            rf"self_attn.w{letter}.weight",
+            rf"self_attn.{letter}_proj.weight",
+            [PermuteForRope(permute_layer_names=[f"w{letter}", f"{letter}_proj"])],
+        )
+        for letter in "qk"
     ]
     return model
 
