@@ -7,6 +7,7 @@ from dare_adapters.config import DareConfig
 from dare_adapters.export import export
 from dare_adapters.extract import extract
 from dare_adapters.inspection import Inspection, inspect_adapter
+from dare_adapters.on_import import after_import as _after_import
 
 __all__ = [
     "Adapter",
@@ -18,4 +19,5 @@ __all__ = [
     "inspect_adapter",
 ]
 
-_hf.install()
+# transformers takes seconds to import; a command that does not need it need not wait.
+_after_import("transformers.modeling_utils", _hf.install)

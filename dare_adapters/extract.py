@@ -60,6 +60,7 @@ def extract(
     bits: int = 4,
     method: Literal["dare", "drop_only", "magnitude"] = "dare",
     mask: Literal["auto", "blocked", "bernoulli"] = "auto",
+    rescale: bool = True,
     seed: int | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -88,6 +89,7 @@ def extract(
         method: "dare" (drop at random, rescale by 1/(1-p)), "drop_only" (no rescaling),
             "magnitude" (keep the largest).
         mask: "auto" is "blocked" wherever 1/(1-p) is a whole number, else "bernoulli".
+        rescale: False makes "dare" the same as "drop_only".
         seed: 0 … 2**64-1; by default derived from the fine-tune's own values.
         include: glob patterns of the parameters to prune; what matches none is kept whole.
         exclude: glob patterns of parameters that are kept whole.
@@ -112,6 +114,8 @@ def extract(
         DareError: `out` cannot be written.
         ValueError: an option is out of range.
     """
+    if method == "dare" and not rescale:
+        method = "drop_only"
     plan = _Plan(
         PruneRule(method, drop_rate, mask),
         bits,

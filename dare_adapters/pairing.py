@@ -93,6 +93,8 @@ def _check_missing(
     """Base parameters without a partner are an error unless something explains them."""
     accounted = {*pairing.common, *pairing.ignored}
     missing = [name for name in base if name not in accounted]
+    if not missing:
+        return  # and spare the import of the model's class
     tied = set(_tied_copies(finetuned, base, pairing))
     backbone = _backbone_prefix(base)
     other_class = base.architectures != finetuned.architectures
