@@ -5,19 +5,19 @@
     1 bit          1 for plus, 0 for minus; scale = Σv² / Σ|v|, which keeps the estimate unbiased
                    (the projection of the survivors on the row equals their own norm)
 
-Codes are packed lowest bits first and each row starts at a byte. A scale is stored as float16
-times 2**exponent, one exponent for each parameter, so that no delta is too small for it.
+Codes are packed lowest bits first and each row starts at a byte. How scales are stored is in
+:mod:`dare_adapters.scales`.
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from dare_adapters.mask import Slots
+from dare_adapters.scales import round_scales
 
 __all__ = [
     "BITS",
@@ -26,7 +26,6 @@ __all__ = [
     "pack",
     "quantise",
     "row_dot",
-    "store_scales",
     "unpack",
 ]
 
@@ -36,7 +35,6 @@ BITS = (32, 16, 8, 4, 2, 1)
 # come within a few percent of an exhaustive search on all of them.
 _OF_LARGEST = {8: (1.0,), 4: (1.0,), 2: (1.0,)}
 _OF_RMS = {8: (), 4: (0.36, 0.5), 2: (1.2, 1.6)}
-_SCALE_MANTISSA = 1 << 11  # float16 keeps 11 significant bits
 
 
 class Quantised:
@@ -89,7 +87,7 @@ def quantise(values: torch.Tensor, slots: Slots, bits: int) -> Quantised:
         score = overlap * overlap / energy
         scales = torch.where(score > best, overlap / energy, scales)
         best = torch.maximum(score, best)
-    scales = _round_scale(scales)
+    scales = round_scales(scales, bits)
     _round(values, scales, limit, codes)
     overlap, energy = row_dot(values, codes), row_dot(codes, codes)
     rounding = signal - scales * (2 * overlap - scales * energy)
@@ -119,25 +117,13 @@ def _round(values: torch.Tensor, scales: torch.Tensor, limit: int, out: torch.Te
 def _signs(values: torch.Tensor, slots: Slots, signal: torch.Tensor) -> Quantised:
     magnitude = values.abs().sum(dim=1)
     scales = torch.where(magnitude > 0, signal / magnitude.clamp(min=1e-38), magnitude)
-    scales = _round_scale(scales)
+    scales = round_scales(scales, 1)
     minus = values < 0
     # A zero has no sign: alternate, or rows of mostly zeros would drift in one direction.
     minus[:, 1::2] |= values[:, 1::2] == 0
     codes = 1 - 2 * minus.view(torch.int8)
     rounding = signal - scales * (2 * magnitude - scales * slots.used_per_row())
     return Quantised(codes, scales, signal, rounding)
-
-
-def _round_scale(scales: torch.Tensor) -> torch.Tensor:
-    mantissa, exponent = torch.frexp(scales)
-    return torch.ldexp((mantissa * _SCALE_MANTISSA).round_() / _SCALE_MANTISSA, exponent)
-
-
-def store_scales(scales: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Float16 scales (rows,) and the exponent e: scale = float16 * 2**e, the largest in [1, 2]."""
-    largest = float(scales.max()) if scales.numel() else 0.0
-    exponent = math.frexp(largest)[1] - 1 if largest > 0 else 0
-    return torch.ldexp(scales, torch.tensor(-exponent)).to(torch.float16), exponent
 
 
 def bytes_per_row(slots: int, bits: int) -> int:

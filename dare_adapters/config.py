@@ -14,6 +14,7 @@ from dare_adapters import codec
 from dare_adapters.checkpoint import read_json
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import MAX_BLOCK, MAX_DROP_RATE, matrix_shape
+from dare_adapters.scales import SCALE_DTYPES
 
 __all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "DareConfig", "ParameterEntry"]
 
@@ -25,7 +26,7 @@ KINDS = ("sparse", "dense", "new")
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PLAIN = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_NUMEL = 1 << 40
-EXPONENTS = (-149, 127)  # of float32, with those below its normal range
+EXPONENTS = (-149, 128)  # of float32, with those below its normal range
 KEY_PREFIX = "base_model.model."
 # What a reader's result depends on; the rest (names, statistics) may be edited.
 BINDING = (
@@ -92,7 +93,7 @@ class ParameterEntry:
                 assert self.support_bytes is not None
                 found[tensor_key(name, "support")] = ("U8", (self.support_bytes,))
             if self.bits < 16:
-                found[tensor_key(name, "scales")] = ("F16", (rows,))
+                found[tensor_key(name, "scales")] = (SCALE_DTYPES[self.bits], (rows,))
         else:
             assert self.dtype is not None
             part = "delta" if self.kind == "dense" else "value"
@@ -191,7 +192,7 @@ class DareConfig:
 
     def save(self, directory: Path) -> None:
         """Write adapter_config.json."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        text = _one_line_an_entry(self.to_json())
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -263,6 +264,21 @@ class DareConfig:
             for key, value in asdict(self).items()
             if key not in ("parameters", "witness", "fidelity", "library_versions")
         }
+
+
+def _one_line_an_entry(raw: dict[str, Any]) -> str:
+    """JSON for people and for size: an object of objects has a line for each of them."""
+    lines = []
+    for key, value in raw.items():
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        if isinstance(value, dict) and value:
+            items = (
+                f"{json.dumps(name)}:{json.dumps(item, ensure_ascii=False, separators=(',', ':'))}"
+                for name, item in value.items()
+            )
+            text = "{\n" + ",\n".join(items) + "}"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def tensor_key(name: str, part: str) -> str:

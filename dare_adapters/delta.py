@@ -19,6 +19,7 @@ from dare_adapters import codec
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import Slots, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
+from dare_adapters.scales import load_scales
 
 __all__ = ["Delta", "DenseDelta", "NewParameter", "SparseDelta", "WeightedDelta", "apply_rows"]
 
@@ -108,7 +109,7 @@ class SparseDelta(Delta):
         support: which entries change.
         bits: 32 or 16 (float values), or 8, 4, 2, 1 (packed codes).
         values: float (slots,) or packed uint8 (bytes,), rows one after the other.
-        scales: float16 (rows,), with `exponent`; None at 32 and 16 bits.
+        scales: stored scales (rows,), with `exponent`; None at 32 and 16 bits.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class SparseDelta(Delta):
     @cached_property
     def _row_scales(self) -> torch.Tensor:
         assert self.scales is not None
-        return torch.ldexp(self.scales.to(torch.float32), torch.tensor(self.exponent))
+        return load_scales(self.scales, self.exponent)
 
     @cached_property
     def _row_size(self) -> int:

@@ -17,6 +17,7 @@ from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import CheckpointError
 from dare_adapters.mask import Slots, Support
 from dare_adapters.prune import PruneRule
+from dare_adapters.scales import store_scales
 from dare_adapters.stored_support import StoredSupport, encode_support
 from dare_adapters.tensor_file import DTYPE_NAMES
 
@@ -120,7 +121,8 @@ def _join(
     tensors: dict[str, torch.Tensor] = {}
     if bits < 16:
         scales = torch.cat([part.scales for part in parts if part.scales is not None])
-        stored, entry.exponent = codec.store_scales(scales)
+        _check_range(difference, scales)
+        stored, entry.exponent = store_scales(scales, bits)
         tensors[tensor_key(difference.name, "scales")] = stored
     elif bits == 16:
         rounded = values.to(_sixteen_bits(difference, energy.largest))
@@ -197,7 +199,9 @@ def _sixteen_bits(difference: ParameterDifference, largest: float) -> torch.dtyp
 
 
 def encode_dense(difference: ParameterDifference) -> EncodedParameter:
-    """A parameter whose delta is kept whole, in float32: base plus delta is then the fine-tune.
+    """A parameter whose delta is kept whole, so that base plus delta is the fine-tune.
+
+    It takes the fine-tune's own 16 bits where they give the fine-tune back exactly, else float32.
 
     Raises:
         CheckpointError: NaN or infinity in either checkpoint.
@@ -210,7 +214,11 @@ def encode_dense(difference: ParameterDifference) -> EncodedParameter:
         0.0,
         _largest(delta),
     )
-    entry = ParameterEntry("dense", difference.shape, dtype="F32")
+    short = delta.to(difference.finetuned.dtype)
+    if short.element_size() == 2 and difference.base.dtype == short.dtype:
+        again = (difference.base.to(torch.float32) + short.to(torch.float32)).to(short.dtype)
+        delta = short if torch.equal(again, difference.finetuned) else delta
+    entry = ParameterEntry("dense", difference.shape, dtype=DTYPE_NAMES[delta.dtype])
     tensors = {tensor_key(difference.name, "delta"): delta.view(difference.shape)}
     return _with_added_rows(EncodedParameter(difference.name, entry, tensors, energy), difference)
 
@@ -231,12 +239,16 @@ def _with_added_rows(
         encoded.tensors[tensor_key(difference.name, "rows")] = difference.added
         _check_added(difference, difference.added)
     for tensor in encoded.tensors.values():
-        if tensor.is_floating_point() and first_non_finite(tensor.reshape(-1)) is not None:
-            raise CheckpointError(
-                f"{difference.name}: fine-tune minus base is beyond {tensor.dtype}; these are not "
-                "weights of a working model, no adapter was written"
-            )
+        _check_range(difference, tensor)
     return encoded
+
+
+def _check_range(difference: ParameterDifference, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and first_non_finite(tensor.reshape(-1)) is not None:
+        raise CheckpointError(
+            f"{difference.name}: fine-tune minus base is beyond {tensor.dtype}; these are not "
+            "weights of a working model, no adapter was written"
+        )
 
 
 def _check_added(difference: ParameterDifference, added: torch.Tensor) -> None:

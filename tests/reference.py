@@ -192,6 +192,17 @@ def decode_adapter(directory: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def scale_of(stored: float, exponent: int, bits: int) -> float:
+    """A row's scale from what is stored: a float16, or at 4 and 2 bits a byte."""
+    if bits in (8, 1):
+        return stored * 2.0**exponent
+    if stored == 255:
+        return 0.0
+    octaves, step = divmod(int(stored), 8)
+    mantissa = (2048, 1878, 1722, 1579, 1448, 1328, 1218, 1117)[step]
+    return mantissa / 2048 * 2.0 ** (exponent - octaves)
+
+
 def _decode_sparse(
     entry: dict[str, Any], stem: str, tensors: dict[str, RawTensor], seed: int, name: str
 ) -> list[float]:
@@ -221,7 +232,7 @@ def _decode_sparse(
             first += len(kept)
         else:
             size = math.ceil(len(kept) * bits / 8)
-            scale = scales[row] * 2.0 ** entry.get("exponent", 0)
+            scale = scale_of(scales[row], entry.get("exponent", 0), bits)
             codes = unpack_codes(stored.data[first : first + size], bits, len(kept))
             values = [code * scale for code in codes]
             first += size

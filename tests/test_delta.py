@@ -95,7 +95,9 @@ def stored_scales(adapter: Adapter, name: str) -> np.ndarray:
     tensors = reference.read_safetensors(adapter.path / "adapter_model.safetensors")
     module, last = name.split(".")
     scales = np.array(tensors[f"base_model.model.{module}.dare_{last}_scales"].numbers())
-    return scales * 2.0 ** config["parameters"][name].get("exponent", 0)
+    entry = config["parameters"][name]
+    exponent = entry.get("exponent", 0)
+    return np.array([reference.scale_of(s, exponent, entry["bits"]) for s in scales])
 
 
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS.keys())

@@ -20,7 +20,7 @@ from tests.reference import decode_adapter
 
 GOLDEN = Path(__file__).parent
 SEED = 20240721
-# One adapter with random supports of both kinds, one with stored supports of both kinds.
+# Random supports of both kinds, stored supports of both kinds, and the other kinds of codes.
 OPTIONS = {
     "adapter_v1": {"drop_rate": 0.75, "bits": 4, "drop_rates": {"*.up_proj.*": 0.7}},
     "adapter_v1_magnitude": {
@@ -29,6 +29,9 @@ OPTIONS = {
         "bits": 2,
         "drop_rates": {"*.up_proj.*": 0.97},
     },
+    "adapter_v1_one_bit": {"drop_rate": 0.5, "bits": 1},
+    "adapter_v1_eight_bit": {"drop_rate": 0.9, "bits": 8},
+    "adapter_v1_sixteen_bit": {"drop_rate": 0.9, "bits": 16},
 }
 
 
