@@ -182,6 +182,8 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
 
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=self.path,

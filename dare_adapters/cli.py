@@ -266,7 +266,9 @@ def _plain_errors(as_json: bool) -> Iterator[None]:
                 _print_json({"error": type(error).__name__, "message": str(error)})
             else:
                 _complain(f"[red]{type(error).__name__}:[/]", error)
-            raise typer.Exit(1) from None
+            # A plain ValueError speaks of an option, everything else of what it was given.
+            usage = isinstance(error, ValueError) and not isinstance(error, DareError)
+            raise typer.Exit(2 if usage else 1) from None
 
 
 def _say(line: str) -> None:

@@ -75,20 +75,22 @@ def quantise(values: torch.Tensor, slots: Slots, bits: int) -> Quantised:
         return _signs(values, slots, signal)
     limit = (1 << (bits - 1)) - 1
     codes = torch.empty_like(values)
-    largest = _largest(values, codes)
-    scales, best = largest / limit, torch.full_like(largest, -1.0)
+    largest = _largest(values, codes) / limit
     rms = (signal / max(values.shape[1], 1)).sqrt_()
-    candidates = [largest * (share / limit) for share in _OF_LARGEST[bits]]
-    candidates += [torch.minimum(rms * share, largest / limit) for share in _OF_RMS[bits]]
-    for candidate in candidates:
-        _round(values, candidate, limit, codes)
-        overlap, energy = row_dot(values, codes), row_dot(codes, codes).clamp_(min=1)
-        # The best scale for given codes is <v,q>/<q,q>, and leaves |v|² - <v,q>²/<q,q>.
-        score = overlap * overlap / energy
-        scales = torch.where(score > best, overlap / energy, scales)
-        best = torch.maximum(score, best)
-    scales = round_scales(scales, bits)
-    _round(values, scales, limit, codes)
+    tries = [largest * share for share in _OF_LARGEST[bits]]
+    tries += [torch.minimum(rms * share, largest) for share in _OF_RMS[bits]]
+    # Threads fight over short operations: those on one number a row are made for all tries at once.
+    inverses = _inverse(torch.stack(tries))
+    overlaps, energies = [], []
+    for inverse in inverses:
+        _round(values, inverse, limit, codes)
+        overlaps.append(row_dot(values, codes))
+        energies.append(row_dot(codes, codes))
+    overlap, energy = torch.stack(overlaps), torch.stack(energies).clamp_(min=1)
+    # The best scale for given codes is <v,q>/<q,q>, and leaves |v|² - <v,q>²/<q,q>.
+    best = (overlap * overlap / energy).argmax(dim=0, keepdim=True)
+    scales = round_scales((overlap / energy).gather(0, best)[0], bits)
+    _round(values, _inverse(scales), limit, codes)
     overlap, energy = row_dot(values, codes), row_dot(codes, codes)
     rounding = signal - scales * (2 * overlap - scales * energy)
     return Quantised(codes.to(torch.int8), scales, signal, rounding)
@@ -108,9 +110,12 @@ def _largest(values: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     return torch.abs(values, out=buffer).amax(dim=1)
 
 
-def _round(values: torch.Tensor, scales: torch.Tensor, limit: int, out: torch.Tensor) -> None:
-    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-    inverse.clamp_(max=torch.finfo(torch.float32).max)
+def _inverse(scales: torch.Tensor) -> torch.Tensor:
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    return inverse.clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _round(values: torch.Tensor, inverse: torch.Tensor, limit: int, out: torch.Tensor) -> None:
     torch.mul(values, inverse[:, None], out=out).round_().clamp_(-limit, limit)
 
 

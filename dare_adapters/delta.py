@@ -24,7 +24,7 @@ from dare_adapters.scales import load_scales
 __all__ = ["Delta", "DenseDelta", "NewParameter", "SparseDelta", "WeightedDelta", "apply_rows"]
 
 # Entries that one step works on: small enough for the caches, large enough to hide dispatch.
-STEP_ENTRIES = 1 << 17
+STEP_ENTRIES = 1 << 18
 
 
 class Delta(ABC):

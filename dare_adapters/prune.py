@@ -57,6 +57,8 @@ class PruneRule:
                 f"drop_rate is {self.drop_rate}; it must be at most 1 - 1/65536: no adapter keeps "
                 "fewer than one entry in 65536"
             )
+        if self.method == "magnitude" and self.mask != "auto" and self.drop_rate > 0:
+            raise ValueError("magnitude pruning draws no mask: leave mask at 'auto'")
         if self.mask == "blocked" and self.block is None:
             raise ValueError(
                 f"a blocked mask needs drop_rate = 1 - 1/B with a whole B up to 65536 (0.5, 0.75, "

@@ -185,7 +185,7 @@ def test_missing_arguments_and_unknown_commands_are_code_2(arguments: tuple[str,
 def test_a_value_out_of_range_is_named(
     base: Path, tmp_path: Path, options: tuple[str, ...], named: str
 ):
-    assert named in refuse(1, "extract", base, base.parent / "near", tmp_path / "out", *options)
+    assert named in refuse(2, "extract", base, base.parent / "near", tmp_path / "out", *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -397,7 +397,7 @@ def test_plot_writes_a_picture(base: Path, tmp_path: Path):
 
 def test_a_plot_of_an_unknown_kind_or_place_is_a_sentence(base: Path, tmp_path: Path):
     extracted(base, tmp_path / "out")
-    assert "xyz" in refuse(1, "inspect", tmp_path / "out", "--plot", tmp_path / "delta.xyz")
+    assert "xyz" in refuse(2, "inspect", tmp_path / "out", "--plot", tmp_path / "delta.xyz")
     nowhere = tmp_path / "nowhere" / "delta.png"
     assert str(nowhere) in refuse(1, "inspect", tmp_path / "out", "--plot", nowhere)
 
@@ -476,7 +476,7 @@ def test_weight_scales_what_is_exported(base: Path, tmp_path: Path):
     near = load_file(base.parent / "near" / "model.safetensors")
     for name, value in tensors().items():
         assert torch.equal(full[name], value + (near[name] - value) * -0.5), name
-    said = refuse(1, "export", base, tmp_path / "out", tmp_path / "more", "--weight", "nan")
+    said = refuse(2, "export", base, tmp_path / "out", tmp_path / "more", "--weight", "nan")
     assert "weight is nan" in said
 
 
