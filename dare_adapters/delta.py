@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dare_adapters import codec
+from dare_adapters import codec, compiled
 from dare_adapters.errors import AdapterFormatError
-from dare_adapters.mask import Slots, Support, matrix_shape
+from dare_adapters.mask import BlockedSupport, Slots, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
 from dare_adapters.scales import load_scales
 
@@ -60,6 +60,18 @@ class Delta(ABC):
     def positions(self, start: int, stop: int) -> torch.Tensor | None:
         """The index that :meth:`read` returns."""
         return self.read(start, stop)[0]
+
+    def apply_compiled(
+        self, target: MatrixView, weight: float, start: int, stop: int
+    ) -> torch.Tensor | None:
+        """Add the change in place without Python's lock; what was there, or None: it cannot be."""
+        return None
+
+    def restore_compiled(
+        self, target: MatrixView, originals: torch.Tensor, start: int, stop: int
+    ) -> bool:
+        """Undo :meth:`apply_rows` of this delta alone; False: it cannot be done so."""
+        return False
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows, in order, each about `STEP_ENTRIES` changed entries."""
@@ -142,6 +154,45 @@ class SparseDelta(Delta):
     def positions(self, start: int, stop: int) -> torch.Tensor:
         slots = self.support.slots(start, stop)
         return slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)
+
+    def apply_compiled(
+        self, target: MatrixView, weight: float, start: int, stop: int
+    ) -> torch.Tensor | None:
+        where = self._compiled_support(target)
+        if where is None or self.bits >= 16:
+            return None
+        originals = compiled.apply_rows(
+            where,
+            self.bits,
+            self.values,
+            self._row_scales,
+            weight,
+            target.storage[target.offset :],
+            target.row_stride,
+            self.support.slots_per_row,
+            start,
+            stop,
+        )
+        target.mark_written()
+        return originals
+
+    def restore_compiled(
+        self, target: MatrixView, originals: torch.Tensor, start: int, stop: int
+    ) -> bool:
+        where = self._compiled_support(target)
+        if where is None or originals.dtype != target.dtype or originals.device != target.device:
+            return False
+        storage, slots = target.storage[target.offset :], self.support.slots_per_row
+        compiled.restore_rows(where, storage, target.row_stride, originals, slots, start, stop)
+        target.mark_written()
+        return True
+
+    def _compiled_support(self, target: MatrixView) -> compiled.Where | None:
+        support = self.support
+        if not isinstance(support, BlockedSupport) or not support.repeatable:
+            return None
+        straight = target.positions is None and target.column_stride == 1
+        return support.where if straight and compiled.can_use(target.storage) else None
 
     def check_sizes(self, name: str) -> None:
         """Compare the values with the support, and look at the scales as they will be used.
@@ -241,9 +292,14 @@ def apply_rows(
     """Add the deltas to rows start … stop - 1 of `target`, which holds base values, in place.
 
     Returns:
-        index: where was written, int64 (m,) relative to row `start`; None: everywhere.
+        index: where was written, int64 (m,) relative to row `start`; None: everywhere, or where
+            the one delta's :meth:`Delta.positions` say.
         originals: what was there, (m,) in the dtype of `target`.
     """
+    if len(deltas) == 1:
+        kept = deltas[0].delta.apply_compiled(target, deltas[0].weight, start, stop)
+        if kept is not None:
+            return None, kept
     index, change = _sum(deltas, start, stop, target.columns)
     index, change = target.on_device(index), change.to(target.device)
     originals = target.take(start, stop, index)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dare_adapters import compiled
 from dare_adapters.checkpoint import Checkpoint, first_non_finite
 from dare_adapters.errors import CheckpointError
 from dare_adapters.mask import matrix_shape, parameter_key, philox_words
@@ -46,6 +47,12 @@ class ParameterDifference:
     def to(self, device: str | torch.device) -> ParameterDifference:
         """The same with the base's and the fine-tune's values on a device."""
         return replace(self, base=self.base.to(device), finetuned=self.finetuned.to(device))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled loops can read both."""
+        both = (self.base, self.finetuned)
+        return all(compiled.can_use(flat) and flat.is_contiguous() for flat in both)
 
     def at(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The delta at positions relative to row `start`, float32, shape of `index`."""

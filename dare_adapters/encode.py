@@ -152,8 +152,7 @@ def _encode_rows(
     stop: int,
 ) -> _Part:
     difference.check_finite(start, stop)
-    slots = support.slots(start, stop).to(difference.base.device)
-    values = rule.survivors(difference, slots, start, stop)
+    slots, values = rule.survivors(difference, support, start, stop)
     if bits >= 16:
         # Which 16 bits is known, and rounding measured, when the largest of all is.
         used = int(slots.used_per_row().sum())

@@ -26,6 +26,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+from dare_adapters import compiled
+
 __all__ = [
     "BernoulliSupport",
     "BlockedSupport",
@@ -185,7 +187,7 @@ class BlockedSupport(Support):
         self._seed, self._key = seed, parameter_key(name)
         self._slots = -(-columns // block)
         self._stride = -(-self._slots // 16)
-        self._ragged = columns % block != 0
+        self.ragged = columns % block != 0
 
     @property
     def slots_per_row(self) -> int:
@@ -195,7 +197,24 @@ class BlockedSupport(Support):
     def row_counts(self) -> None:
         return None
 
+    @property
+    def where(self) -> compiled.Where:
+        """What the compiled loops need to know of it."""
+        return self._seed, self._key, self.columns, self.block
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether an unused last slot has a slot before it that it can repeat."""
+        return self._slots > 1 or not self.ragged
+
     def slots(self, start: int, stop: int) -> Slots:
+        if not compiled.available():
+            return self._drawn_slots(start, stop)
+        index, valid = compiled.positions(self.where, self._slots, start, stop)
+        return Slots(index, valid if self.ragged else None)
+
+    def _drawn_slots(self, start: int, stop: int) -> Slots:
+        """The same in NumPy."""
         count = stop - start
         if self.block == 1:
             offset = np.zeros((count, self._slots), dtype=np.uint32)
@@ -205,7 +224,7 @@ class BlockedSupport(Support):
             offset *= np.uint32(self.block)
             offset >>= np.uint32(16)
         valid = None
-        if self._ragged:
+        if self.ragged:
             tail = self.columns - (self._slots - 1) * self.block
             valid = torch.from_numpy(offset[:, self._slots - 1] < tail)
         # 32 bits are twice as fast, and enough for every range but one of gigantic rows.

@@ -38,6 +38,11 @@ class MatrixView:
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
 
+    def mark_written(self) -> None:
+        """Tell autograd of a write that it did not see."""
+        if not self.storage.is_inference():
+            torch.autograd.graph.increment_version(self.storage)
+
     def on_device(self, index: torch.Tensor | None) -> torch.Tensor | None:
         """An index moved to where the storage is."""
         return None if index is None else index.to(self.device, non_blocking=True)

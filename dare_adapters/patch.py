@@ -182,7 +182,11 @@ def _put_back(model: nn.Module, item: _Restorable, number: int) -> None:
     if index is not None:
         index = index.to(torch.int64)
     elif len(item.change.deltas) == 1:
-        index = item.change.deltas[0].delta.positions(start, stop)
+        delta = item.change.deltas[0].delta
+        if delta.restore_compiled(view, originals, start, stop):
+            item.written[number] = None
+            return
+        index = delta.positions(start, stop)
     values = originals.to(view.device, view.dtype)
     with _mode(view.storage):
         view.put(start, stop, view.on_device(index), values)

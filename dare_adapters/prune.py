@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dare_adapters import compiled
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.mask import (
     MAX_DROP_RATE,
@@ -98,13 +99,25 @@ class PruneRule:
         return BernoulliSupport(seed, difference.name, rows, columns, self.drop_rate)
 
     def survivors(
-        self, difference: ParameterDifference, slots: Slots, start: int, stop: int
-    ) -> torch.Tensor:
-        """Rescaled values of the slots of some rows, float32 (n, K); zero where unused."""
+        self, difference: ParameterDifference, support: Support, start: int, stop: int
+    ) -> tuple[Slots, torch.Tensor]:
+        """Slots of some rows and their rescaled values, float32 (n, K); zero where unused."""
+        if isinstance(support, BlockedSupport) and difference.compiled:
+            index, valid, values = compiled.survivors(
+                support.where,
+                support.slots_per_row,
+                difference.base,
+                difference.finetuned,
+                self.factor,
+                start,
+                stop,
+            )
+            return Slots(index, valid if support.ragged else None), values
+        slots = support.slots(start, stop).to(difference.base.device)
         values = difference.at(slots.index, start, stop)
         if self.factor != 1.0:
             values *= self.factor
-        return slots.clear_unused(values)
+        return slots, slots.clear_unused(values)
 
 
 def largest_entries(difference: ParameterDifference, keep: int) -> StoredSupport:

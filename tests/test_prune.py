@@ -29,7 +29,7 @@ def pruned(delta: torch.Tensor, rule: PruneRule, seed: int = 0, step: int = 3) -
     for start in range(0, difference.rows, step):
         stop = min(start + step, difference.rows)
         slots = support.slots(start, stop)
-        values = rule.survivors(difference, slots, start, stop)
+        _, values = rule.survivors(difference, support, start, stop)
         part = found[start:stop].view(-1)
         part[slots.compact(slots.index)] = slots.compact(values)
     return found.view(delta.shape)

@@ -1,0 +1,232 @@
+/* The two inner loops of a blocked delta, without the Python lock: where its survivors are, and
+ * adding them to rows of a weight. Each gives bit for bit what mask.py and delta.py compute.
+ * Compiled where there is a compiler (see setup.py) and called through ctypes by compiled.py. */
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _MSC_VER
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Wider vectors where the processor has them; GCC and glibc choose when the library is loaded. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#define VECTORS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define VECTORS
+#endif
+
+typedef unsigned __int128 wide;
+
+/* Philox4x64-10 (Salmon et al., SC 2011), counter (c, 0, 0, 0). */
+static inline void philox(uint64_t seed, uint64_t key, uint64_t counter, uint64_t out[4]) {
+    uint64_t a = counter, b = 0, c = 0, d = 0;
+    for (int round = 0; round < 10; round++) {
+        wide one = (wide)0xD2E7470EE14C6C93u * a, two = (wide)0xCA5A826395121157u * c;
+        uint64_t next_a = (uint64_t)(two >> 64) ^ b ^ seed;
+        uint64_t next_c = (uint64_t)(one >> 64) ^ d ^ key;
+        b = (uint64_t)two;
+        d = (uint64_t)one;
+        a = next_a;
+        c = next_c;
+        seed += 0x9E3779B97F4A7C15u;
+        key += 0xBB67AE8584CAA73Bu;
+    }
+    out[0] = a; out[1] = b; out[2] = c; out[3] = d;
+}
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+typedef struct {
+    uint64_t seed, key;
+    int64_t columns, block;
+} support;
+
+static int64_t slots_of(const support *s) { return (s->columns + s->block - 1) / s->block; }
+
+/* Columns of the survivors of one row; -1 where the last, shorter block keeps nothing. */
+VECTORS static void row_columns(const support *s, int64_t row, int64_t slots, int64_t *column) {
+    if (s->block == 1) {
+        for (int64_t j = 0; j < slots; j++) column[j] = j;
+        return;
+    }
+    int64_t stride = (slots + 15) / 16;
+    for (int64_t t = 0; t < stride; t++) {
+        uint64_t words[4];
+        philox(s->seed, s->key, (uint64_t)(row * stride + t), words);
+        int64_t first = t * 16, last = first + 16 < slots ? first + 16 : slots;
+        for (int64_t j = first; j < last; j++) {
+            uint64_t lane = (words[(j - first) >> 2] >> (16 * ((j - first) & 3))) & 0xFFFF;
+            column[j] = j * s->block + (int64_t)((lane * (uint64_t)s->block) >> 16);
+        }
+    }
+    if (column[slots - 1] >= s->columns) column[slots - 1] = -1;
+}
+
+/* Flat positions of rows start … stop - 1, (n, slots); an unused last slot repeats the one before
+ * it (0 where there is none) and valid[row] is 0. */
+EXPORT void dare_positions(uint64_t seed, uint64_t key, int64_t columns, int64_t block,
+                           int64_t start, int64_t stop, int64_t *index, uint8_t *valid) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s);
+    for (int64_t row = start; row < stop; row++, index += slots) {
+        row_columns(&s, row, slots, index);
+        for (int64_t j = 0; j + 1 < slots; j++) index[j] += (row - start) * columns;
+        int used = index[slots - 1] >= 0;
+        valid[row - start] = (uint8_t)used;
+        if (used) index[slots - 1] += (row - start) * columns;
+        else index[slots - 1] = slots > 1 ? index[slots - 2] : 0;
+    }
+}
+
+static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+
+static inline uint16_t to_bfloat16(float f) { /* to nearest, ties to even */
+    uint32_t bits = as_bits(f);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+static float from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+    if (rest >= 0x7C00) return as_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    if (rest >= 0x0400) return as_float(sign | ((rest << 13) + 0x38000000));
+    float small = (float)rest * 5.9604644775390625e-08f; /* 2^-24, exact */
+    return sign ? -small : small;
+}
+
+static uint16_t to_half(float f) { /* to nearest, ties to even */
+    uint32_t bits = as_bits(f), rest = bits & 0x7FFFFFFF;
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    if (rest > 0x7F800000) return sign | 0x7E00;
+    if (rest >= 0x477FF000) return sign | 0x7C00;
+    if (rest < 0x38800000) { /* subnormal: adding 1/2 leaves the rounded bits at the end */
+        uint32_t sum = as_bits(as_float(rest) + 0.5f);
+        return sign | (uint16_t)(sum - 0x3F000000);
+    }
+    rest += 0xFFF + ((rest >> 13) & 1);
+    return sign | (uint16_t)((rest - 0x38000000) >> 13);
+}
+
+/* The codes of one row times its scale and the weight; writes up to seven entries too many. */
+VECTORS static void decode(const uint8_t *restrict codes, int64_t slots, int bits, float scale,
+                           float weight, float *restrict change) {
+    int64_t bytes = (slots * bits + 7) / 8;
+    if (bits == 8)
+        for (int64_t i = 0; i < bytes; i++) change[i] = (float)(codes[i] - 128) * scale * weight;
+    else if (bits == 4)
+        for (int64_t i = 0; i < bytes; i++)
+            for (int k = 0; k < 2; k++)
+                change[2 * i + k] = (float)(((codes[i] >> (4 * k)) & 15) - 8) * scale * weight;
+    else if (bits == 2)
+        for (int64_t i = 0; i < bytes; i++)
+            for (int k = 0; k < 4; k++)
+                change[4 * i + k] = (float)(((codes[i] >> (2 * k)) & 3) - 2) * scale * weight;
+    else
+        for (int64_t i = 0; i < bytes; i++)
+            for (int k = 0; k < 8; k++)
+                change[8 * i + k] = (float)(2 * ((codes[i] >> k) & 1) - 1) * scale * weight;
+}
+
+VECTORS static void add_bfloat16(const uint16_t *restrict old, const float *restrict change,
+                                 int64_t slots, uint16_t *restrict sum) {
+    for (int64_t j = 0; j < slots; j++)
+        sum[j] = to_bfloat16(change[j] + as_float((uint32_t)old[j] << 16));
+}
+
+static void add_float16(const uint16_t *restrict old, const float *restrict change, int64_t slots,
+                        uint16_t *restrict sum) {
+    for (int64_t j = 0; j < slots; j++) sum[j] = to_half(change[j] + from_half(old[j]));
+}
+
+VECTORS static void add_float32(const float *restrict old, const float *restrict change,
+                                int64_t slots, float *restrict sum) {
+    for (int64_t j = 0; j < slots; j++) sum[j] = change[j] + old[j];
+}
+
+/* Gather, add and scatter apart: what is gathered may be loaded while what is scattered is not yet
+ * stored. An unused last slot repeats the one before it. */
+#define ROW(TYPE, ADD)                                                                   \
+    do {                                                                                 \
+        TYPE *weights = (TYPE *)target + row * row_stride;                               \
+        TYPE *kept = (TYPE *)originals + (row - start) * slots, *sum = (TYPE *)sums;     \
+        for (int64_t j = 0; j < used; j++) kept[j] = weights[column[j]];                 \
+        ADD(kept, change, used, sum);                                                    \
+        for (int64_t j = 0; j < used; j++) weights[column[j]] = sum[j];                  \
+        if (used < slots) kept[used] = kept[used - 1];                                   \
+    } while (0)
+
+/* Add a delta to rows start … stop - 1 of a weight, and keep what was there, (n, slots).
+ * `packed` and `scales` begin with row 0 of the parameter, `target` with its first entry;
+ * `column`, `change` and `sums` are room for one row's slots and eight more. A row has at least
+ * two slots, or no short last block. */
+EXPORT void dare_apply(uint64_t seed, uint64_t key, int64_t columns, int64_t block, int64_t start,
+                       int64_t stop, int bits, const uint8_t *packed, const float *scales,
+                       float weight, int dtype, void *target, int64_t row_stride, void *originals,
+                       int64_t *column, float *change, float *sums) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s), row_size = (slots * bits + 7) / 8;
+    for (int64_t row = start; row < stop; row++) {
+        row_columns(&s, row, slots, column);
+        int64_t used = column[slots - 1] < 0 ? slots - 1 : slots;
+        decode(packed + row * row_size, slots, bits, scales[row], weight, change);
+        if (dtype == BFLOAT16) ROW(uint16_t, add_bfloat16);
+        else if (dtype == FLOAT16) ROW(uint16_t, add_float16);
+        else ROW(float, add_float32);
+    }
+}
+
+static float read_float(const void *values, int64_t place, int dtype) {
+    if (dtype == FLOAT32) return ((const float *)values)[place];
+    uint16_t bits = ((const uint16_t *)values)[place];
+    return dtype == BFLOAT16 ? as_float((uint32_t)bits << 16) : from_half(bits);
+}
+
+/* dare_positions, and (fine-tune - base) * factor at each of them, (n, slots); 0 where unused.
+ * `base` and `finetuned` begin with the parameter's first entry and are contiguous. */
+EXPORT void dare_survivors(uint64_t seed, uint64_t key, int64_t columns, int64_t block,
+                           int64_t start, int64_t stop, int base_dtype, const void *base,
+                           int finetuned_dtype, const void *finetuned, float factor,
+                           int64_t *index, uint8_t *valid, float *values) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s);
+    dare_positions(seed, key, columns, block, start, stop, index, valid);
+    int64_t first = start * columns;
+    if (base_dtype == BFLOAT16 && finetuned_dtype == BFLOAT16) {
+        const uint16_t *from = (const uint16_t *)base + first;
+        const uint16_t *to = (const uint16_t *)finetuned + first;
+        for (int64_t j = 0; j < (stop - start) * slots; j++)
+            values[j] = (as_float((uint32_t)to[index[j]] << 16) -
+                         as_float((uint32_t)from[index[j]] << 16)) * factor;
+    } else {
+        for (int64_t j = 0; j < (stop - start) * slots; j++)
+            values[j] = (read_float(finetuned, first + index[j], finetuned_dtype) -
+                         read_float(base, first + index[j], base_dtype)) * factor;
+    }
+    for (int64_t row = 0; row < stop - start; row++)
+        if (!valid[row]) values[row * slots + slots - 1] = 0;
+}
+
+/* Put the kept entries back. */
+EXPORT void dare_restore(uint64_t seed, uint64_t key, int64_t columns, int64_t block, int64_t start,
+                         int64_t stop, int item_size, void *target, int64_t row_stride,
+                         const void *originals, int64_t *column) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s);
+    for (int64_t row = start; row < stop; row++) {
+        row_columns(&s, row, slots, column);
+        int64_t used = column[slots - 1] < 0 ? slots - 1 : slots;
+        if (item_size == 2) {
+            uint16_t *weights = (uint16_t *)target + row * row_stride;
+            const uint16_t *kept = (const uint16_t *)originals + (row - start) * slots;
+            for (int64_t j = 0; j < used; j++) weights[column[j]] = kept[j];
+        } else {
+            uint32_t *weights = (uint32_t *)target + row * row_stride;
+            const uint32_t *kept = (const uint32_t *)originals + (row - start) * slots;
+            for (int64_t j = 0; j < used; j++) weights[column[j]] = kept[j];
+        }
+    }
+}
