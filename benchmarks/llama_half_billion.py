@@ -1,6 +1,6 @@
 """Sizes and speeds on a Llama-shaped bfloat16 model of half a billion parameters.
 
-    python benchmarks/llama_half_billion.py [--work DIR] [--repeats 5] [--json FILE]
+    python benchmarks/llama_half_billion.py [--work DIR] [--repeats 7] [--json FILE]
 
 Base and fine-tune (base + N(0, 0.002)) are made here; they need 2 GB of disk. Every time is a
 ratio to a floor or a peer that is measured in the same run, round by round:
@@ -231,7 +231,7 @@ def main() -> None:
     """Measure, print a table, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--work", type=Path, help="keep the models here (default: a temporary)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
