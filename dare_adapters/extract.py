@@ -79,7 +79,7 @@ def extract(
 
     Every parameter with two or more dimensions is pruned; the others are kept whole. What only
     the fine-tune has (a task head, added vocabulary rows) travels whole too. Parameters are
-    streamed: memory is bounded by the largest of them, and `out` appears complete or not at all.
+    streamed: memory is bounded by a few of the largest, and `out` appears complete or not at all.
 
     Args:
         base, finetuned: directories, or hub ids.
