@@ -255,7 +255,9 @@ def _check_witness(
     """
     witness = adapter.config.witness
     wrong: list[tuple[float, str]] = []
-    located = {**locate(model, [n for n in witness if n not in places]), **places}
+    # Mostly all are placed already; looking up the rest walks the whole model once more.
+    rest = [name for name in witness if name not in places]
+    located = {**(locate(model, rest) if rest else {}), **places}
     for name, text in witness.items():
         place = located[name]
         if place is None or not is_patchable(place.tensor(model)):
