@@ -46,23 +46,42 @@ typedef struct {
 
 static int64_t slots_of(const support *s) { return (s->columns + s->block - 1) / s->block; }
 
+/* Counters of one round of philox_lanes. */
+enum { COUNTERS = 16 };
+
+/* The 16-bit lanes of counters first … first + COUNTERS - 1, in order. */
+static void philox_lanes(uint64_t seed, uint64_t key, uint64_t first, int64_t count,
+                         uint16_t *lanes) {
+    for (int64_t t = 0; t < count; t++) {
+        uint64_t words[4];
+        philox(seed, key, first + (uint64_t)t, words);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        memcpy(lanes + 16 * t, words, sizeof words);
+#else
+        for (int lane = 0; lane < 16; lane++)
+            lanes[16 * t + lane] = (uint16_t)(words[lane >> 2] >> (16 * (lane & 3)));
+#endif
+    }
+}
+
 /* Columns of the survivors of one row; -1 where the last, shorter block keeps nothing. */
-VECTORS static void row_columns(const support *s, int64_t row, int64_t slots, int64_t *column) {
-    if (s->block == 1) {
+VECTORS static void row_columns(const support *s, int64_t row, int64_t slots,
+                                int64_t *restrict column) {
+    const int64_t block = s->block, columns = s->columns;
+    if (block == 1) {
         for (int64_t j = 0; j < slots; j++) column[j] = j;
         return;
     }
-    int64_t stride = (slots + 15) / 16;
-    for (int64_t t = 0; t < stride; t++) {
-        uint64_t words[4];
-        philox(s->seed, s->key, (uint64_t)(row * stride + t), words);
-        int64_t first = t * 16, last = first + 16 < slots ? first + 16 : slots;
-        for (int64_t j = first; j < last; j++) {
-            uint64_t lane = (words[(j - first) >> 2] >> (16 * ((j - first) & 3))) & 0xFFFF;
-            column[j] = j * s->block + (int64_t)((lane * (uint64_t)s->block) >> 16);
-        }
+    uint64_t counter = (uint64_t)(row * ((slots + 15) / 16));
+    uint16_t lanes[16 * COUNTERS];
+    for (int64_t first = 0; first < slots; first += 16 * COUNTERS, counter += COUNTERS) {
+        int64_t count = slots - first < 16 * COUNTERS ? slots - first : 16 * COUNTERS;
+        philox_lanes(s->seed, s->key, counter, (count + 15) / 16, lanes);
+        int64_t start = first * block;
+        for (int64_t j = 0; j < count; j++, start += block)
+            column[first + j] = start + (int64_t)((lanes[j] * (uint32_t)block) >> 16);
     }
-    if (column[slots - 1] >= s->columns) column[slots - 1] = -1;
+    if (column[slots - 1] >= columns) column[slots - 1] = -1;
 }
 
 /* Flat positions of rows start … stop - 1, (n, slots); an unused last slot repeats the one before

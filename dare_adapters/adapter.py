@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,21 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
         weights = path / WEIGHTS_NAME
         if not weights.is_file():
             raise AdapterNotFoundError(f"{path}: {CONFIG_NAME} is there, {WEIGHTS_NAME} is not")
-        if verify and file_sha256(weights) != config.sha256:
-            raise AdapterFormatError(
-                f"{weights}: its SHA-256 is not the one in {CONFIG_NAME}; the file is truncated, "
-                "damaged or of another adapter: get it again"
-            )
+        with ThreadPoolExecutor(1) as beside:  # hashing holds no Python lock
+            digest = beside.submit(file_sha256, weights) if verify else None
+            try:
+                adapter = cls._open(path, config, verify)
+            finally:  # whatever else is wrong, a damaged file is the reason
+                if digest is not None and digest.result() != config.sha256:
+                    raise AdapterFormatError(
+                        f"{weights}: its SHA-256 is not the one in {CONFIG_NAME}; the file is "
+                        "truncated, damaged or of another adapter: get it again"
+                    )
+        return adapter
+
+    @classmethod
+    def _open(cls, path: Path, config: DareConfig, verify: bool) -> Adapter:
+        weights = path / WEIGHTS_NAME
         try:
             reader: Any = safe_open(weights, framework="pt")
             found = {key: _describe(reader, key) for key in reader.keys()}  # noqa: SIM118
