@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.output import complete_directory
+from dare_adapters.source import DeltaSource
 from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tensor_file import file_sha256
 
 __all__ = ["Adapter", "resolve_adapter"]
 
 
-class Adapter(Mapping[str, "Delta | NewParameter"]):
+class Adapter(DeltaSource):
     """One adapter; a parameter is read when it is asked for.
 
     Open one with :meth:`open` or :meth:`from_pretrained`.
@@ -42,6 +43,14 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
     def __init__(self, path: Path, config: DareConfig, reader: Any) -> None:
         self.path, self.config = path, config
         self._reader = reader
+        self.label = str(path)
+        self.base_model_name_or_path, self.revision = (
+            config.base_model_name_or_path,
+            config.revision,
+        )
+        self.base_architectures = config.base_architectures
+        self.base_parameter_count = config.base_parameter_count
+        self.witness = config.witness
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Adapter:
@@ -130,6 +139,13 @@ class Adapter(Mapping[str, "Delta | NewParameter"]):
             f"Adapter({str(self.path)!r}, base={c.base_model_name_or_path!r}, method={c.method!r}, "
             f"drop_rate={c.drop_rate}, bits={c.bits}, parameters={len(self)})"
         )
+
+    def is_new(self, name: str) -> bool:
+        return self.config.parameters[name].kind == "new"
+
+    @property
+    def identity(self) -> str:
+        return self.config.sha256
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """The parameters that the base has too."""

@@ -21,7 +21,15 @@ from dare_adapters.mask import BlockedSupport, Slots, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
 from dare_adapters.scales import load_scales
 
-__all__ = ["Delta", "DenseDelta", "NewParameter", "SparseDelta", "WeightedDelta", "apply_rows"]
+__all__ = [
+    "Delta",
+    "DenseDelta",
+    "NewParameter",
+    "NoChange",
+    "SparseDelta",
+    "WeightedDelta",
+    "apply_rows",
+]
 
 # Entries that one step works on: small enough for the caches, large enough to hide dispatch.
 STEP_ENTRIES = 1 << 18
@@ -61,6 +69,23 @@ class Delta(ABC):
         """The index that :meth:`read` returns."""
         return self.read(start, stop)[0]
 
+    def at(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The change at positions relative to row `start`, float32, shape of `index`."""
+        own, values = self.read(start, stop)
+        if own is None:
+            return values[index]
+        dense = torch.zeros((stop - start) * self.columns)
+        dense[own] = values
+        return dense[index]
+
+    @property
+    def support_key(self) -> object | None:
+        """Equal for deltas that change the same positions in the same order; None: unknown."""
+        return None
+
+    def release(self) -> None:  # noqa: B027 (most deltas compute nothing that they keep)
+        """Forget what was computed for reading; it is computed again if it is read again."""
+
     def apply_compiled(
         self, target: MatrixView, weight: float, start: int, stop: int
     ) -> torch.Tensor | None:
@@ -90,6 +115,17 @@ class Delta(ABC):
             else:
                 part[index] = values
         return flat.view(self.shape)
+
+
+class NoChange(Delta):
+    """A change of no entry."""
+
+    @property
+    def entries_per_row(self) -> int:
+        return 0
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
 
 
 class DenseDelta(Delta):
@@ -143,6 +179,10 @@ class SparseDelta(Delta):
         if self.support.row_counts is None:
             return self.support.slots_per_row
         return max(1, self.support.slot_count // max(self.rows, 1))
+
+    @property
+    def support_key(self) -> object | None:
+        return self.support.key
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         slots = self.support.slots(start, stop)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from dare_adapters import compiled
 from dare_adapters.checkpoint import Checkpoint, first_non_finite
+from dare_adapters.delta import Delta
 from dare_adapters.errors import CheckpointError
-from dare_adapters.mask import matrix_shape, parameter_key, philox_words
+from dare_adapters.mask import parameter_key, philox_words
 from dare_adapters.pairing import Pairing
 
 __all__ = ["DeltaSample", "Difference", "ParameterDifference"]
@@ -20,33 +21,37 @@ _RUNS, _RUN_LENGTH = 4, 1024
 PAPER_SAFE, PAPER_FAILS = 0.005, 0.03
 
 
-@dataclass(frozen=True)
-class ParameterDifference:
+class ParameterDifference(Delta):
     """One parameter of both checkpoints, flat and memory-mapped.
 
     Attributes:
         name: the base's name.
         base, finetuned: (rows * columns,), each in its own dtype; the rows both have.
-        added: what the fine-tune has beyond them, (m, …), or None.
+        added_rows: what the fine-tune has beyond them, (m, …), or None.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    base: torch.Tensor
-    finetuned: torch.Tensor
-    added: torch.Tensor | None
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        base: torch.Tensor,
+        finetuned: torch.Tensor,
+        added_rows: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(shape, added_rows)
+        self.name, self.base, self.finetuned = name, base, finetuned
 
     @property
-    def rows(self) -> int:
-        return matrix_shape(self.shape)[0]
+    def entries_per_row(self) -> int:
+        return self.columns
 
-    @property
-    def columns(self) -> int:
-        return matrix_shape(self.shape)[1]
+    def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
+        return None, self.rows_between(start, stop)
 
     def to(self, device: str | torch.device) -> ParameterDifference:
         """The same with the base's and the fine-tune's values on a device."""
-        return replace(self, base=self.base.to(device), finetuned=self.finetuned.to(device))
+        base, finetuned = self.base.to(device), self.finetuned.to(device)
+        return ParameterDifference(self.name, self.shape, base, finetuned, self.added_rows)
 
     @property
     def compiled(self) -> bool:

@@ -232,11 +232,11 @@ def encode_new(name: str, value: torch.Tensor, finetuned_name: str | None) -> En
 def _with_added_rows(
     encoded: EncodedParameter, difference: ParameterDifference
 ) -> EncodedParameter:
-    if difference.added is not None:
-        encoded.entry.added_rows = len(difference.added)
-        encoded.entry.added_dtype = DTYPE_NAMES[difference.added.dtype]
-        encoded.tensors[tensor_key(difference.name, "rows")] = difference.added
-        _check_added(difference, difference.added)
+    if difference.added_rows is not None:
+        encoded.entry.added_rows = len(difference.added_rows)
+        encoded.entry.added_dtype = DTYPE_NAMES[difference.added_rows.dtype]
+        encoded.tensors[tensor_key(difference.name, "rows")] = difference.added_rows
+        _check_added(difference, difference.added_rows)
     for tensor in encoded.tensors.values():
         _check_range(difference, tensor)
     return encoded

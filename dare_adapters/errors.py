@@ -39,6 +39,14 @@ class UnsupportedParameterError(DareError):
     """A parameter of a live model cannot be patched where it is: meta, sharded, packed."""
 
 
+class CombinationError(DareError, ValueError):
+    """Adapters cannot be combined as asked: an unknown method or option, a count, a mismatch."""
+
+
+class RecipeError(DareError, ValueError):
+    """A merge recipe cannot be read, contradicts itself, or asks for what is not supported."""
+
+
 class PatchedModelError(DareError):
     """An operation would silently write or lose patched weights of a live model."""
 

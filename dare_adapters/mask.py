@@ -154,6 +154,15 @@ class Support(ABC):
     def slots(self, start: int, stop: int) -> Slots:
         """The slots of rows start … stop - 1."""
 
+    @abstractmethod
+    def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Whether positions relative to row `start` survive, bool, shape of `index`."""
+
+    @property
+    def key(self) -> object | None:
+        """Equal for supports of the same positions; None: not known without comparing them."""
+        return None
+
     @property
     @abstractmethod
     def row_counts(self) -> np.ndarray | None:
@@ -206,6 +215,19 @@ class BlockedSupport(Support):
     def repeatable(self) -> bool:
         """Whether an unused last slot has a slot before it that it can repeat."""
         return self._slots > 1 or not self.ragged
+
+    @property
+    def key(self) -> object:
+        return "blocked", self.rows, *self.where
+
+    def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        slots = self.slots(start, stop)
+        row = index // self.columns
+        block = (index - row * self.columns) // self.block
+        found = slots.index[row, block] == index
+        if slots.valid is not None:
+            found &= (block < self._slots - 1) | slots.valid[row]
+        return found
 
     def slots(self, start: int, stop: int) -> Slots:
         if not compiled.available():
@@ -261,6 +283,14 @@ class BernoulliSupport(Support):
         self._seed, self._key = seed, parameter_key(name)
         self._threshold = round((1 - drop_rate) * (1 << 32))
         self._stride = -(-columns // 8)
+
+    @property
+    def key(self) -> object:
+        return "bernoulli", self.rows, self.columns, self._seed, self._key, self._threshold
+
+    def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        kept: torch.Tensor = torch.from_numpy(self._kept(start, stop).reshape(-1))[index]
+        return kept
 
     def _kept(self, start: int, stop: int) -> np.ndarray:
         count = stop - start

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import Slots, Support, count_rows, padded_slots
@@ -53,6 +54,10 @@ class StoredSupport(Support):
     def _kept(self, start: int, stop: int) -> np.ndarray:
         rows = self.bitmap[start:stop]
         return np.unpackbits(rows, axis=1, count=self.columns, bitorder="little").view(bool)
+
+    def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        kept: torch.Tensor = torch.from_numpy(self._kept(start, stop).reshape(-1))[index]
+        return kept
 
     def slots(self, start: int, stop: int) -> Slots:
         return padded_slots(self._kept(start, stop))
