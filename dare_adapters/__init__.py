@@ -3,20 +3,32 @@
 from dare_adapters import hf as _hf
 from dare_adapters._version import __version__
 from dare_adapters.adapter import Adapter
+from dare_adapters.combine import delta_method, method_names, parameter_method
+from dare_adapters.combine.api import combine
+from dare_adapters.combine.mix import Mix
 from dare_adapters.config import DareConfig
 from dare_adapters.export import export
 from dare_adapters.extract import extract
 from dare_adapters.inspection import Inspection, inspect_adapter
+from dare_adapters.merge import merge
 from dare_adapters.on_import import after_import as _after_import
+from dare_adapters.open_source import open_source
 
 __all__ = [
     "Adapter",
     "DareConfig",
     "Inspection",
+    "Mix",
     "__version__",
+    "combine",
+    "delta_method",
     "export",
     "extract",
     "inspect_adapter",
+    "merge",
+    "method_names",
+    "open_source",
+    "parameter_method",
 ]
 
 # transformers takes seconds to import; a command that does not need it need not wait.

@@ -1,5 +1,6 @@
-/* The two inner loops of a blocked delta, without the Python lock: where its survivors are, and
- * adding them to rows of a weight. Each gives bit for bit what mask.py and delta.py compute.
+/* The inner loops, without the Python lock: where a blocked delta's survivors are, adding them to
+ * rows of a weight, reading and choosing among the entries of fine-tune minus base, and aligning
+ * sparse deltas. Each gives bit for bit what the Python beside it computes.
  * Compiled where there is a compiler (see setup.py) and called through ctypes by compiled.py. */
 
 #include <stdint.h>
@@ -246,6 +247,205 @@ EXPORT void dare_restore(uint64_t seed, uint64_t key, int64_t columns, int64_t b
             uint32_t *weights = (uint32_t *)target + row * row_stride;
             const uint32_t *kept = (const uint32_t *)originals + (row - start) * slots;
             for (int64_t j = 0; j < used; j++) weights[column[j]] = kept[j];
+        }
+    }
+}
+
+/* dare_positions, and the values there, float32 (n, slots); a repeated position has its value. */
+EXPORT void dare_read(uint64_t seed, uint64_t key, int64_t columns, int64_t block, int64_t start,
+                      int64_t stop, int bits, const uint8_t *packed, const float *scales,
+                      int64_t *index, float *values, float *change) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s), row_size = (slots * bits + 7) / 8;
+    for (int64_t row = start; row < stop; row++, index += slots, values += slots) {
+        row_columns(&s, row, slots, index);
+        int64_t used = index[slots - 1] < 0 ? slots - 1 : slots;
+        for (int64_t j = 0; j < used; j++) index[j] += (row - start) * columns;
+        decode(packed + row * row_size, slots, bits, scales[row], 1.0f, change);
+        memcpy(values, change, (size_t)used * sizeof(float));
+        if (used < slots) {
+            index[used] = used ? index[used - 1] : 0;
+            values[used] = used ? values[used - 1] : 0;
+        }
+    }
+}
+
+enum { STRIP = 1024 };
+
+/* Fine-tune minus base of up to STRIP consecutive entries. */
+VECTORS static void difference(int base_dtype, const void *base, int finetuned_dtype,
+                               const void *finetuned, int64_t first, int64_t count,
+                               float *restrict delta) {
+    if (base_dtype == BFLOAT16 && finetuned_dtype == BFLOAT16) {
+        const uint16_t *from = (const uint16_t *)base + first;
+        const uint16_t *to = (const uint16_t *)finetuned + first;
+        for (int64_t j = 0; j < count; j++)
+            delta[j] = as_float((uint32_t)to[j] << 16) - as_float((uint32_t)from[j] << 16);
+    } else if (base_dtype == FLOAT32 && finetuned_dtype == FLOAT32) {
+        const float *from = (const float *)base + first, *to = (const float *)finetuned + first;
+        for (int64_t j = 0; j < count; j++) delta[j] = to[j] - from[j];
+    } else {
+        for (int64_t j = 0; j < count; j++)
+            delta[j] = read_float(finetuned, first + j, finetuned_dtype) -
+                       read_float(base, first + j, base_dtype);
+    }
+}
+
+static inline float magnitude(float f) { return as_float(as_bits(f) & 0x7FFFFFFF); }
+
+/* How many of `count` differences are above `high` in magnitude; those from `low` to `high` go to
+ * `inside`, which has room for all of them and one more, their number to `found`. */
+VECTORS EXPORT int64_t dare_between(int base_dtype, const void *base, int finetuned_dtype,
+                                    const void *finetuned, int64_t count, float low, float high,
+                                    float *inside, int64_t *found) {
+    float delta[STRIP];
+    int64_t above = 0, kept = 0;
+    for (int64_t first = 0; first < count; first += STRIP) {
+        int64_t n = count - first < STRIP ? count - first : STRIP;
+        difference(base_dtype, base, finetuned_dtype, finetuned, first, n, delta);
+        for (int64_t j = n; j < (n + 15) / 16 * 16; j++) delta[j] = 0;
+        for (int64_t group = 0; group < n; group += 16) {
+            int32_t over = 0, reach = 0; /* few groups hold any, so most are only counted */
+            for (int k = 0; k < 16; k++) {
+                float size = magnitude(delta[group + k]);
+                over += size > high;
+                reach += size >= low;
+            }
+            above += over;
+            if (reach == over) continue;
+            for (int64_t j = group; j < group + 16 && j < n; j++) {
+                float size = magnitude(delta[j]);
+                inside[kept] = size;
+                kept += (size >= low) & (size <= high);
+            }
+        }
+    }
+    *found = kept;
+    return above;
+}
+
+/* The differences whose magnitude is above `value`, and those equal to it up to position `last`:
+ * positions and values, which have room for all of them and one more; their number. */
+EXPORT int64_t dare_above(int base_dtype, const void *base, int finetuned_dtype,
+                          const void *finetuned, int64_t count, float value, int64_t last,
+                          int64_t *index, float *values) {
+    float delta[STRIP];
+    int64_t kept = 0;
+    for (int64_t first = 0; first < count; first += STRIP) {
+        int64_t n = count - first < STRIP ? count - first : STRIP;
+        difference(base_dtype, base, finetuned_dtype, finetuned, first, n, delta);
+        for (int64_t j = 0; j < n; j++) {
+            float size = magnitude(delta[j]);
+            index[kept] = first + j;
+            values[kept] = delta[j];
+            kept += (size > value) | ((size == value) & (first + j <= last));
+        }
+    }
+    return kept;
+}
+
+/* The sum of the magnitudes of `count` differences. */
+EXPORT double dare_abs_sum(int base_dtype, const void *base, int finetuned_dtype,
+                           const void *finetuned, int64_t count) {
+    float delta[STRIP];
+    double total = 0;
+    for (int64_t first = 0; first < count; first += STRIP) {
+        int64_t n = count - first < STRIP ? count - first : STRIP;
+        difference(base_dtype, base, finetuned_dtype, finetuned, first, n, delta);
+        float sums[16] = {0};
+        int64_t whole = n / 16 * 16;
+        for (int64_t j = 0; j < whole; j += 16)
+            for (int k = 0; k < 16; k++) sums[k] += magnitude(delta[j + k]);
+        for (int64_t j = whole; j < n; j++) sums[0] += magnitude(delta[j]);
+        for (int k = 0; k < 16; k++) total += sums[k];
+    }
+    return total;
+}
+
+/* `lists` ascending lists of positions, with values, to one list without repeats: positions, and
+ * values (lists, room), 0 where a list lacks a position. `cursor` has room for each list. */
+EXPORT int64_t dare_union(int64_t lists, const int64_t *const *index, const float *const *values,
+                          const int64_t *counts, int64_t room, int64_t *cursor, int64_t *union_index,
+                          float *union_values) {
+    int64_t made = 0;
+    for (int64_t k = 0; k < lists; k++) cursor[k] = 0;
+    for (;;) {
+        int64_t next = INT64_MAX;
+        for (int64_t k = 0; k < lists; k++)
+            if (cursor[k] < counts[k] && index[k][cursor[k]] < next) next = index[k][cursor[k]];
+        if (next == INT64_MAX) return made;
+        union_index[made] = next;
+        for (int64_t k = 0; k < lists; k++) {
+            float value = 0;
+            while (cursor[k] < counts[k] && index[k][cursor[k]] == next)
+                value = values[k][cursor[k]++];
+            union_values[k * room + made] = value;
+        }
+        made++;
+    }
+}
+
+/* Add `change` to the entries of a weight at `index`, in place; what was there goes to `originals`
+ * where that is not NULL. A position that comes twice, one after the other, with one change counts
+ * once. */
+#define ADD_AT(TYPE, READ, ROUND)                                                        \
+    do {                                                                                 \
+        TYPE *weights = (TYPE *)target, *kept = (TYPE *)originals, last = 0;             \
+        int64_t before = -1;                                                             \
+        for (int64_t j = 0; j < count; j++) {                                            \
+            TYPE old = index[j] == before ? last : weights[index[j]];                    \
+            before = index[j];                                                           \
+            last = old;                                                                  \
+            if (kept) kept[j] = old; /* its bits, also of what is no number */           \
+            weights[index[j]] = ROUND(change[j] + READ(old));                            \
+        }                                                                                \
+    } while (0)
+
+static inline float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
+
+EXPORT void dare_add_at(int dtype, void *target, const int64_t *index, const float *change,
+                        int64_t count, void *originals) {
+    if (dtype == FLOAT32) ADD_AT(uint32_t, as_float, as_bits);
+    else if (dtype == BFLOAT16) ADD_AT(uint16_t, from_bfloat16, to_bfloat16);
+    else ADD_AT(uint16_t, from_half, to_half);
+}
+
+enum { COUNT, WEIGHTS, NONE };
+
+/* The disjoint merge of combine/consensus.py: values (lists, room), of which `count` columns are
+ * used, to `merged` (count,). */
+VECTORS EXPORT void dare_elect(int64_t lists, const float *restrict values, int64_t room,
+                               int64_t count, const float *restrict weights, int frequency,
+                               int weighted, int divisor, float factor, float *restrict merged) {
+    float votes[STRIP], sums[STRIP], shares[STRIP];
+    for (int64_t first = 0; first < count; first += STRIP) {
+        int64_t n = count - first < STRIP ? count - first : STRIP;
+        for (int64_t j = 0; j < n; j++) votes[j] = sums[j] = shares[j] = 0;
+        for (int64_t k = 0; k < lists; k++) {
+            const float *row = values + k * room + first;
+            float weight = weights[k];
+            for (int64_t j = 0; j < n; j++) {
+                float ballot = weighted ? row[j] * weight : row[j];
+                float sign = (float)((ballot > 0) - (ballot < 0));
+                votes[j] += frequency ? sign : ballot;
+            }
+        }
+        for (int64_t k = 0; k < lists; k++) {
+            const float *row = values + k * room + first;
+            float weight = weights[k], share = divisor == COUNT ? 1.0f : weight;
+            for (int64_t j = 0; j < n; j++) {
+                float value = row[j] * weight, ballot = weighted ? value : row[j];
+                int agrees = votes[j] >= 0 ? ballot > 0 : ballot < 0;
+                sums[j] += agrees ? value : 0.0f;
+                shares[j] += agrees ? share : 0.0f;
+            }
+        }
+        for (int64_t j = 0; j < n; j++) {
+            float share = shares[j];
+            if (divisor == COUNT) share = share < 1 ? 1.0f : share;
+            else if (divisor == WEIGHTS) share = share < 1e-8f && share > -1e-8f ? 1.0f : share;
+            else share = 1.0f;
+            merged[first + j] = sums[j] / share * factor;
         }
     }
 }

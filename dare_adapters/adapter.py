@@ -23,7 +23,7 @@ from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.output import complete_directory
-from dare_adapters.source import DeltaSource
+from dare_adapters.source import WHOLE, DeltaSource
 from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tensor_file import file_sha256
 
@@ -121,6 +121,9 @@ class Adapter(DeltaSource):
             return DenseDelta(self._tensor(name, "delta"), added)
         return self._sparse(name, entry, added)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.config.parameters
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.config.parameters)
 
@@ -142,6 +145,10 @@ class Adapter(DeltaSource):
 
     def is_new(self, name: str) -> bool:
         return self.config.parameters[name].kind == "new"
+
+    def stored_bits(self, name: str) -> int:
+        entry = self.config.parameters[name]
+        return entry.bits if entry.kind == "sparse" and entry.bits is not None else WHOLE
 
     @property
     def identity(self) -> str:

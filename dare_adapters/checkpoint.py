@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dare_adapters.errors import CheckpointError
+from dare_adapters.mapped_pages import release_pages
 
 __all__ = ["Checkpoint", "ParameterInfo", "first_non_finite", "open_checkpoint", "read_json"]
 
@@ -85,6 +86,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             assert isinstance(tensor, torch.Tensor)
             self._mapped[name] = tensor  # a mapping, not a copy: it holds no memory
         return tensor
+
+    def release(self, name: str) -> None:
+        """Take a tensor that was read out of resident memory, where it is mapped."""
+        file = self._file_of[name]
+        if name in self._mapped and not isinstance(self._readers[file], dict):
+            release_pages(self._mapped[name], self.path / file)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)

@@ -1,4 +1,4 @@
-"""The command line: extract, inspect, verify, export.
+"""The command line: extract, inspect, verify, export, combine, merge, stats.
 
 Exit codes: 0 done; 1 the input is at fault (the message says how); 2 the call is (usage).
 """
@@ -23,6 +23,8 @@ from rich.table import Column, Table
 from dare_adapters._version import __version__
 from dare_adapters.adapter import Adapter
 from dare_adapters.checkpoint import open_checkpoint
+from dare_adapters.cli_combine import combine, merge, methods
+from dare_adapters.cli_stats import stats
 from dare_adapters.errors import DareError, DareWarning
 from dare_adapters.export import check_base_checkpoint
 from dare_adapters.export import export as export_checkpoint
@@ -219,6 +221,12 @@ def export(
         _print_json({"checkpoint": str(output)})
     else:
         _say(f"[bold]{escape(str(output))}[/]: written; AutoModel….from_pretrained loads it")
+
+
+app.command()(combine)
+app.command()(merge)
+app.command()(methods)
+app.command()(stats)
 
 
 def _drop_rates(items: list[str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import filecmp
 import shutil
 from pathlib import Path
 
-__all__ = ["FINETUNED_CONFIG", "copy_companions", "is_companion"]
+__all__ = ["FINETUNED_CONFIG", "copy_companions", "copy_present_companions", "is_companion"]
 
 # Not "config.json": with that file transformers would take an adapter for a whole model.
 FINETUNED_CONFIG = "finetuned_config.json"
@@ -52,6 +52,13 @@ def copy_companions(base: Path, finetuned: Path, out: Path) -> list[str]:
     if (finetuned / "config.json").is_file():
         shutil.copyfile(finetuned / "config.json", out / FINETUNED_CONFIG)
     return sorted(changed)
+
+
+def copy_present_companions(directory: Path, out: Path) -> None:
+    """Copy an adapter directory's companions to another, over those of the same names."""
+    for file in directory.iterdir():
+        if file.is_file() and (is_companion(file.name) or file.name == FINETUNED_CONFIG):
+            shutil.copyfile(file, out / file.name)
 
 
 def _differs(base: Path, finetuned: Path) -> bool:

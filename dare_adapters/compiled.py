@@ -8,13 +8,30 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Where", "apply_rows", "available", "can_use", "positions", "restore_rows", "survivors"]
+__all__ = [
+    "Where",
+    "above",
+    "abs_sum",
+    "add_at",
+    "apply_rows",
+    "available",
+    "between",
+    "can_read",
+    "can_use",
+    "elect",
+    "positions",
+    "read_rows",
+    "restore_rows",
+    "survivors",
+    "union",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -46,8 +63,23 @@ def _declare(library: Any) -> Any:
         *where, number, place, place, ctypes.c_float, number, place, size, *[place] * 4,
     ]  # fmt: skip
     library.dare_restore.argtypes = [*where, number, place, size, place, place]
+    library.dare_read.argtypes = [*where, number, *[place] * 5]
+    both = [number, place, number, place, size]
+    library.dare_between.argtypes = [*both, ctypes.c_float, ctypes.c_float, place, place]
+    library.dare_above.argtypes = [*both, ctypes.c_float, size, place, place]
+    library.dare_abs_sum.argtypes = both
+    library.dare_union.argtypes = [size, place, place, place, size, place, place, place]
+    library.dare_elect.argtypes = [
+        size, place, size, size, place, number, number, number, ctypes.c_float, place,
+    ]  # fmt: skip
+    library.dare_add_at.argtypes = [number, place, place, place, size, place]
     for name in ("positions", "survivors", "apply", "restore"):
         getattr(library, f"dare_{name}").restype = None
+    library.dare_read.restype = library.dare_add_at.restype = None
+    library.dare_elect.restype = None
+    library.dare_abs_sum.restype = ctypes.c_double
+    for name in ("between", "above", "union"):
+        getattr(library, f"dare_{name}").restype = size
     return library
 
 
@@ -137,6 +169,135 @@ def restore_rows(
     )  # fmt: skip
 
 
+def read_rows(
+    where: Where,
+    bits: int,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    slots: int,
+    start: int,
+    stop: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `SparseDelta.read` returns, of packed codes at the survivors of a blocked support."""
+    index = torch.empty((stop - start) * slots, dtype=torch.int64)
+    values = torch.empty((stop - start) * slots)
+    room = torch.empty(slots + 8)
+    _library().dare_read(
+        *where, start, stop, bits, packed.data_ptr(), scales.data_ptr(), index.data_ptr(),
+        values.data_ptr(), room.data_ptr(),
+    )  # fmt: skip
+    return index, values
+
+
+def between(
+    base: torch.Tensor, finetuned: torch.Tensor, low: float, high: float
+) -> tuple[int, torch.Tensor]:
+    """How many |fine-tune - base| are above `high`, and those from `low` to `high`.
+
+    Args:
+        base, finetuned: as for :func:`survivors`.
+    """
+    inside, found = torch.empty(len(base) + 1), ctypes.c_int64()
+    above = _library().dare_between(
+        *_pair(base, finetuned), low, high, inside.data_ptr(), ctypes.addressof(found)
+    )
+    return int(above), inside[: found.value].clone()
+
+
+def above(
+    base: torch.Tensor, finetuned: torch.Tensor, value: float, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and values of fine-tune minus base where their magnitude is above `value`.
+
+    Args:
+        base, finetuned: as for :func:`survivors`.
+        value: a magnitude.
+        last: up to this position magnitudes equal to it are taken too.
+    """
+    index = torch.empty(len(base) + 1, dtype=torch.int64)
+    values = torch.empty(len(base) + 1)
+    count = _library().dare_above(
+        *_pair(base, finetuned), value, last, index.data_ptr(), values.data_ptr()
+    )
+    return index[:count], values[:count]
+
+
+def abs_sum(base: torch.Tensor, finetuned: torch.Tensor) -> float:
+    """The sum of |fine-tune - base|."""
+    return float(_library().dare_abs_sum(*_pair(base, finetuned)))
+
+
+def union(
+    index: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending positions with values, made one list of positions and a row of values for each.
+
+    Args:
+        index: int64, one for each.
+        values: float32, likewise; all contiguous.
+    """
+    count, room = len(index), sum(len(own) for own in index)
+    positions = torch.empty(room, dtype=torch.int64)
+    aligned = torch.empty(count, room)
+    pointers, sizes = ctypes.c_void_p * count, ctypes.c_int64 * count
+    made = _library().dare_union(
+        count, pointers(*(own.data_ptr() for own in index)),
+        pointers(*(own.data_ptr() for own in values)), sizes(*map(len, index)), room,
+        sizes(), positions.data_ptr(), aligned.data_ptr(),
+    )  # fmt: skip
+    return positions[:made], aligned[:, :made]
+
+
+def add_at(
+    target: torch.Tensor, index: torch.Tensor, change: torch.Tensor, keep: bool
+) -> torch.Tensor | None:
+    """Add to some entries of `target` (flat), in place; what was there, if it is to be kept."""
+    originals = torch.empty(len(index), dtype=target.dtype) if keep else None
+    _library().dare_add_at(
+        _DTYPES[target.dtype], target.data_ptr(), index.data_ptr(), change.data_ptr(), len(index),
+        None if originals is None else originals.data_ptr(),
+    )  # fmt: skip
+    return originals
+
+
+def elect(
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    frequency: bool,
+    weighted: bool,
+    divisor: int,
+    factor: float,
+) -> torch.Tensor:
+    """The disjoint merge of `combine.consensus`.
+
+    Args:
+        values: float32 (k, m), rows contiguous.
+        weights: float32 (k,).
+        divisor: 0 count, 1 weights, 2 none.
+    """
+    merged = torch.empty(values.shape[1])
+    _library().dare_elect(
+        len(values), values.data_ptr(), values.stride(0), values.shape[1], weights.data_ptr(),
+        frequency, weighted, divisor, factor, merged.data_ptr(),
+    )  # fmt: skip
+    return merged
+
+
+def _pair(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[int, int, int, int, int]:
+    return (
+        _DTYPES[base.dtype],
+        base.data_ptr(),
+        _DTYPES[finetuned.dtype],
+        finetuned.data_ptr(),
+        len(base),
+    )
+
+
 def can_use(tensor: torch.Tensor) -> bool:
     """Whether the loops know the dtype and reach the memory of a tensor."""
     return available() and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+
+
+def can_read(packed: torch.Tensor) -> bool:
+    """Whether they reach packed codes."""
+    return available() and packed.device.type == "cpu" and packed.dtype == torch.uint8

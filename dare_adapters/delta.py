@@ -7,6 +7,7 @@ once. `_rows.c` repeats that for the commonest case, and tests hold the two equa
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "SparseDelta",
     "WeightedDelta",
     "apply_rows",
+    "sum_rows",
 ]
 
 # Entries that one step works on: small enough for the caches, large enough to hide dispatch.
@@ -60,8 +62,8 @@ class Delta(ABC):
         """The change of rows start … stop - 1.
 
         Returns:
-            index: int64 (m,), flat positions `(row - start) * columns + column`, or None: all.
-                A position may come twice, with the same value.
+            index: int64 (m,), flat positions `(row - start) * columns + column`, ascending, or
+                None: all. A position may come twice, one after the other, with the same value.
             values: float32 (m,), the caller's own.
         """
 
@@ -77,6 +79,59 @@ class Delta(ABC):
         dense = torch.zeros((stop - start) * self.columns)
         dense[own] = values
         return dense[index]
+
+    def read_support(
+        self, support: Support, factor: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read` of a support's entries alone, times `factor`."""
+        slots = support.slots(start, stop)
+        index = slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)
+        values = self.at(index, start, stop)
+        return index, values if factor == 1.0 else values.mul_(factor)
+
+    def read_above(
+        self, value: float, last: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read` of the entries that are above `value` in magnitude.
+
+        Args:
+            last: up to this flat position, relative to row `start`, those equal to it are too.
+        """
+        index, values = self.read(start, stop)
+        size = values.abs()
+        keep = size >= value if last == math.inf else size > value
+        if 0 <= last < math.inf:
+            equal = size == value
+            if index is None:
+                equal[int(last) + 1 :] = False
+            else:
+                equal &= index <= int(last)
+            keep |= equal
+        place = keep.nonzero().squeeze(1)
+        return (place if index is None else index[place]), values[place]
+
+    def between(self, low: float, high: float, start: int, stop: int) -> tuple[int, torch.Tensor]:
+        """How many magnitudes of some rows are above `high`, and those from `low` to `high`."""
+        index, values = self.read(start, stop)
+        size = values.abs()
+        if index is not None and len(index) > 1:  # what comes twice counts once
+            size = size[torch.cat([torch.ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
+        reach = size[size >= low]
+        over = reach > high
+        return int(over.sum()), reach[~over]
+
+    def l1(self, start: int, stop: int) -> float:
+        """The sum of the magnitudes of some rows."""
+        index, values = self.read(start, stop)
+        total = values.abs_().sum(dtype=torch.float64)
+        if index is not None and len(index) > 1:  # what comes twice counts once
+            total -= values[1:][index[1:] == index[:-1]].sum(dtype=torch.float64)
+        return float(total)
+
+    @property
+    def recalls_positions(self) -> bool:
+        """Whether :meth:`positions` is cheap, so that nobody need remember them."""
+        return False
 
     @property
     def support_key(self) -> object | None:
@@ -98,9 +153,14 @@ class Delta(ABC):
         """Undo :meth:`apply_rows` of this delta alone; False: it cannot be done so."""
         return False
 
+    @property
+    def row_cost(self) -> int:
+        """About how many entries are looked at to read a row."""
+        return self.entries_per_row
+
     def row_ranges(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows, in order, each about `STEP_ENTRIES` changed entries."""
-        step = max(1, STEP_ENTRIES // max(self.entries_per_row, 1))
+        """Ranges of rows, in order, to read each of which about `STEP_ENTRIES` are looked at."""
+        step = max(1, STEP_ENTRIES // max(self.row_cost, 1))
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
 
@@ -143,6 +203,13 @@ class DenseDelta(Delta):
     def entries_per_row(self) -> int:
         return self.columns
 
+    @property
+    def recalls_positions(self) -> bool:
+        return True
+
+    def positions(self, start: int, stop: int) -> None:
+        return None
+
     def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
         flat = self.values.reshape(-1)
         part = flat[start * self.columns : stop * self.columns]
@@ -181,10 +248,21 @@ class SparseDelta(Delta):
         return max(1, self.support.slot_count // max(self.rows, 1))
 
     @property
+    def recalls_positions(self) -> bool:
+        return True
+
+    @property
     def support_key(self) -> object | None:
         return self.support.key
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        support = self.support
+        packed = self.bits < 16 and compiled.can_read(self.values)
+        if packed and isinstance(support, BlockedSupport) and support.repeatable:
+            width, scales = support.slots_per_row, self._row_scales
+            return compiled.read_rows(
+                support.where, self.bits, self.values, scales, width, start, stop
+            )
         slots = self.support.slots(start, stop)
         matrix = self._read_values(start, stop, slots)
         if slots.repeatable:
@@ -340,19 +418,26 @@ def apply_rows(
         kept = deltas[0].delta.apply_compiled(target, deltas[0].weight, start, stop)
         if kept is not None:
             return None, kept
-    index, change = _sum(deltas, start, stop, target.columns)
+    index, change = sum_rows(deltas, start, stop)
+    place = None if index is None else target.flat_places(index, start)
+    if place is not None and compiled.can_use(target.storage):
+        kept = compiled.add_at(target.storage, place, change, keep=True)
+        target.mark_written()
+        assert kept is not None
+        return index, kept
     index, change = target.on_device(index), change.to(target.device)
     originals = target.take(start, stop, index)
     target.put(start, stop, index, change.add_(originals).to(originals.dtype))
     return index, originals
 
 
-def _sum(
-    deltas: Sequence[WeightedDelta], start: int, stop: int, columns: int
+def sum_rows(
+    deltas: Sequence[WeightedDelta], start: int, stop: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The weighted sum of deltas of one shape, rows start … stop - 1, as :meth:`Delta.read`."""
     if len(deltas) == 1:
         return deltas[0].read(start, stop)
-    total = torch.zeros((stop - start) * columns)
+    total = torch.zeros((stop - start) * deltas[0].delta.columns)
     touched: torch.Tensor | None = torch.zeros(total.shape, dtype=torch.bool)
     for delta in deltas:
         index, values = delta.read(start, stop)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from dare_adapters import compiled
 from dare_adapters.checkpoint import Checkpoint, first_non_finite
-from dare_adapters.delta import Delta
+from dare_adapters.delta import Delta, NewParameter
 from dare_adapters.errors import CheckpointError
-from dare_adapters.mask import parameter_key, philox_words
+from dare_adapters.mask import BlockedSupport, Slots, Support, parameter_key, philox_words
 from dare_adapters.pairing import Pairing
+from dare_adapters.source import DeltaSource
+from dare_adapters.witness import content_seed
 
-__all__ = ["DeltaSample", "Difference", "ParameterDifference"]
+__all__ = ["DeltaSample", "Difference", "Finetuned", "ParameterDifference"]
 
 _RUNS, _RUN_LENGTH = 4, 1024
 # Yu et al. 2024, section 4.5, speak of typical changes: the tail may be twice as far out.
@@ -37,9 +41,15 @@ class ParameterDifference(Delta):
         base: torch.Tensor,
         finetuned: torch.Tensor,
         added_rows: torch.Tensor | None = None,
+        release: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(shape, added_rows)
         self.name, self.base, self.finetuned = name, base, finetuned
+        self._release = release
+
+    def release(self) -> None:
+        if self._release is not None:
+            self._release()
 
     @property
     def entries_per_row(self) -> int:
@@ -72,6 +82,39 @@ class ParameterDifference(Delta):
         low, high = start * self.columns, stop * self.columns
         finetuned = self.finetuned[low:high].to(torch.float32, copy=True)
         return finetuned.sub_(self.base[low:high].to(torch.float32))
+
+    def read_support(
+        self, support: Support, factor: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (isinstance(support, BlockedSupport) and support.repeatable and self.compiled):
+            return super().read_support(support, factor, start, stop)
+        index, valid, values = compiled.survivors(
+            support.where, support.slots_per_row, self.base, self.finetuned, factor, start, stop
+        )
+        slots = Slots(index, valid if support.ragged else None)
+        return index.view(-1), slots.repeat_before(values).view(-1)
+
+    def read_above(
+        self, value: float, last: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.compiled:
+            return super().read_above(value, last, start, stop)
+        equal = (stop - start) * self.columns if last == math.inf else max(int(last), -1)
+        return compiled.above(*self._flat(start, stop), value, equal)
+
+    def between(self, low: float, high: float, start: int, stop: int) -> tuple[int, torch.Tensor]:
+        if not self.compiled:
+            return super().between(low, high, start, stop)
+        return compiled.between(*self._flat(start, stop), low, high)
+
+    def l1(self, start: int, stop: int) -> float:
+        if not self.compiled:
+            return float(self.rows_between(start, stop).abs_().sum(dtype=torch.float64))
+        return compiled.abs_sum(*self._flat(start, stop))
+
+    def _flat(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = start * self.columns, stop * self.columns
+        return self.base[low:high], self.finetuned[low:high]
 
     def check_finite(self, start: int, stop: int) -> None:
         """Refuse NaN and infinity in some rows of either checkpoint.
@@ -117,7 +160,12 @@ class Difference(Mapping[str, ParameterDifference]):
         if name in self.pairing.grown:
             finetuned, added = finetuned[: len(base)], finetuned[len(base) :]
         flat = finetuned.reshape(-1)
-        return ParameterDifference(name, tuple(base.shape), base.reshape(-1), flat, added)
+
+        def release() -> None:
+            self.base.release(name)
+            self.finetuned.release(self.pairing.common[name])
+
+        return ParameterDifference(name, tuple(base.shape), base.reshape(-1), flat, added, release)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -148,6 +196,50 @@ class Difference(Mapping[str, ParameterDifference]):
         last = len(values) - 1
         half, nine, most = (float(values[int(q * last)]) for q in (0.5, 0.9, 0.99))
         return DeltaSample(half, nine, most, float(values[-1]))
+
+
+class Finetuned(DeltaSource):
+    """A full fine-tune as a source: its difference to the base, and what only it has.
+
+    Args:
+        difference: to the base.
+    """
+
+    def __init__(self, difference: Difference) -> None:
+        base = difference.base
+        self.difference = difference
+        self.label = str(difference.finetuned.path)
+        self.base_model_name_or_path = str(base.path)
+        self.base_architectures = base.architectures
+        self.base_parameter_count = sum(base.info[name].numel for name in difference)
+        self.witness: dict[str, str] = {}
+        self._new = difference.pairing.new
+
+    def __getitem__(self, name: str) -> Delta | NewParameter:
+        if name in self._new:
+            return NewParameter(self.difference.finetuned[self._new[name]])
+        return self.difference[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.difference
+        yield from self._new
+
+    def __len__(self) -> int:
+        return len(self.difference) + len(self._new)
+
+    def is_new(self, name: str) -> bool:
+        return name in self._new
+
+    @cached_property
+    def identity(self) -> str:
+        finetuned, pairing = self.difference.finetuned, self.difference.pairing
+        partners = {**pairing.common, **pairing.new}
+        return str(
+            content_seed(
+                (name, finetuned.info[partner], finetuned[partner])
+                for name, partner in sorted(partners.items())
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,30 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dare_adapters import codec
 from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.config import ParameterEntry, tensor_key
-from dare_adapters.delta import STEP_ENTRIES
+from dare_adapters.delta import STEP_ENTRIES, Delta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import CheckpointError
-from dare_adapters.mask import Slots, Support
+from dare_adapters.mask import MAX_DROP_RATE, BlockedKey, BlockedSupport, Slots, Support
 from dare_adapters.prune import PruneRule
 from dare_adapters.scales import store_scales
 from dare_adapters.stored_support import StoredSupport, encode_support
 from dare_adapters.tensor_file import DTYPE_NAMES
 
-__all__ = ["EncodedParameter", "Energy", "encode_dense", "encode_new", "encode_sparse"]
+__all__ = [
+    "EncodedParameter",
+    "Energy",
+    "encode_delta",
+    "encode_dense",
+    "encode_new",
+    "encode_sparse",
+    "encode_whole",
+]
 
 # Above it is infinity; with a largest value below, most others have fewer bits than in bfloat16.
 _FLOAT16_RANGE = (2.0**-10, 65504.0)
@@ -113,34 +122,47 @@ def _join(
     parts: list[_Part],
 ) -> EncodedParameter:
     """The parts of a parameter as the tensors that are stored."""
-    energy = Energy()
+    entry = ParameterEntry("sparse", difference.shape, drop_rate=rule.drop_rate, bits=bits)
+    preferred = difference.finetuned.dtype
+    return _assemble(difference.name, entry, support, parts, preferred)
+
+
+def _assemble(
+    name: str,
+    entry: ParameterEntry,
+    support: Support,
+    parts: list[_Part],
+    preferred: torch.dtype,
+) -> EncodedParameter:
+    """The parts of a parameter as the tensors that are stored, and its entry completed."""
+    energy, bits = Energy(), entry.bits
+    assert bits is not None
     for part in parts:
         energy.add(part.energy)
-    entry = ParameterEntry("sparse", difference.shape, drop_rate=rule.drop_rate, bits=bits)
     values = torch.cat([part.values for part in parts])
     tensors: dict[str, torch.Tensor] = {}
     if bits < 16:
         scales = torch.cat([part.scales for part in parts if part.scales is not None])
-        _check_range(difference, scales)
+        _check_range(name, scales)
         stored, entry.exponent = store_scales(scales, bits)
-        tensors[tensor_key(difference.name, "scales")] = stored
+        tensors[tensor_key(name, "scales")] = stored
     elif bits == 16:
-        rounded = values.to(_sixteen_bits(difference, energy.largest))
+        rounded = values.to(_sixteen_bits(preferred, energy.largest))
         energy.rounding = _energy(rounded.to(torch.float32).sub_(values))
         values = rounded
     if bits >= 16:
         entry.dtype = DTYPE_NAMES[values.dtype]
-    if rule.block is not None:
-        entry.mask, entry.block = "blocked", rule.block
+    if isinstance(support, BlockedSupport):
+        entry.mask, entry.block = "blocked", support.block
     else:
         entry.mask, entry.slots = "bernoulli", support.slot_count
         entry.value_units = len(values)
         if isinstance(support, StoredSupport):
             entry.mask, stream = encode_support(support)
             entry.support_bytes = len(stream) if entry.mask == "gaps" else None
-            tensors[tensor_key(difference.name, "support")] = torch.from_numpy(stream)
-    tensors[tensor_key(difference.name, "values")] = values
-    return EncodedParameter(difference.name, entry, tensors, energy)
+            tensors[tensor_key(name, "support")] = torch.from_numpy(stream)
+    tensors[tensor_key(name, "values")] = values
+    return EncodedParameter(name, entry, tensors, energy)
 
 
 def _encode_rows(
@@ -153,6 +175,10 @@ def _encode_rows(
 ) -> _Part:
     difference.check_finite(start, stop)
     slots, values = rule.survivors(difference, support, start, stop)
+    return _encode_values(slots, values, support, bits)
+
+
+def _encode_values(slots: Slots, values: torch.Tensor, support: Support, bits: int) -> _Part:
     if bits >= 16:
         # Which 16 bits is known, and rounding measured, when the largest of all is.
         used = int(slots.used_per_row().sum())
@@ -189,10 +215,10 @@ def _largest(values: torch.Tensor) -> float:
     return float(values.abs().amax()) if values.numel() else 0.0
 
 
-def _sixteen_bits(difference: ParameterDifference, largest: float) -> torch.dtype:
+def _sixteen_bits(preferred: torch.dtype, largest: float) -> torch.dtype:
     """bfloat16 for a bfloat16 checkpoint; else float16, unless values are out of its best range."""
     low, high = _FLOAT16_RANGE
-    if difference.finetuned.dtype == torch.bfloat16 or not low <= largest <= high:
+    if preferred == torch.bfloat16 or not low <= largest <= high:
         return torch.bfloat16
     return torch.float16
 
@@ -222,6 +248,103 @@ def encode_dense(difference: ParameterDifference) -> EncodedParameter:
     return _with_added_rows(EncodedParameter(difference.name, entry, tensors, energy), difference)
 
 
+def encode_delta(
+    pool: ThreadPoolExecutor,
+    name: str,
+    delta: Delta,
+    bits: int,
+    *,
+    seed: int | None = None,
+    preferred: torch.dtype = torch.float32,
+) -> EncodedParameter:
+    """Any delta as it is, its zeros left out where that is smaller.
+
+    Args:
+        pool: for ranges of rows.
+        name: of the parameter.
+        bits: of each entry that is not zero.
+        seed: of the adapter; a blocked support that it gives is not stored again.
+        preferred: dtype of the checkpoint, which decides between the kinds of 16 bits.
+
+    Raises:
+        CheckpointError: values beyond what can be stored.
+    """
+    support = _support_of(pool, name, delta, bits, seed)
+    ranges = list(delta.row_ranges())
+
+    def encode(rows: tuple[int, int]) -> _Part:
+        slots = support.slots(*rows)
+        index, values = delta.read(*rows)
+        if delta.support_key is not None and delta.support_key == support.key:
+            matrix = values.view(slots.index.shape)
+        else:
+            if index is not None:
+                values = torch.zeros((rows[1] - rows[0]) * delta.columns).index_put_(
+                    (index,), values
+                )
+            matrix = values[slots.index]
+        return _encode_values(slots, slots.clear_unused(matrix), support, bits)
+
+    parts = list(pool.map(encode, ranges))
+    size = delta.rows * delta.columns
+    share = min(1 - support.slot_count / max(size, 1), MAX_DROP_RATE)
+    if isinstance(support, BlockedSupport):
+        share = 1 - 1 / support.block
+    entry = ParameterEntry("sparse", delta.shape, drop_rate=max(share, 0.0), bits=bits)
+    encoded = _assemble(name, entry, support, parts, preferred)
+    delta.release()
+    return _with_rows(encoded, delta.added_rows)
+
+
+def encode_whole(name: str, delta: Delta) -> EncodedParameter:
+    """Any delta as float32, entry by entry."""
+    values = delta.dense()
+    delta.release()
+    flat = values.reshape(-1)
+    energy = Energy(flat.numel(), float(flat.square().sum()), 0.0, _largest(flat))
+    entry = ParameterEntry("dense", delta.shape, dtype=DTYPE_NAMES[values.dtype])
+    encoded = EncodedParameter(name, entry, {tensor_key(name, "delta"): values}, energy)
+    return _with_rows(encoded, delta.added_rows)
+
+
+def _with_rows(encoded: EncodedParameter, added: torch.Tensor | None) -> EncodedParameter:
+    if added is not None:
+        encoded.entry.added_rows = len(added)
+        encoded.entry.added_dtype = DTYPE_NAMES[added.dtype]
+        encoded.tensors[tensor_key(encoded.name, "rows")] = added
+    for tensor in encoded.tensors.values():
+        _check_range(encoded.name, tensor)
+    return encoded
+
+
+def _support_of(
+    pool: ThreadPoolExecutor, name: str, delta: Delta, bits: int, seed: int | None
+) -> BlockedSupport | StoredSupport:
+    """Where a delta is not zero: by the seed, entry by entry, or as what is smaller."""
+    key = delta.support_key
+    if isinstance(key, BlockedKey) and (key.seed, key.name) == (seed, name):
+        return key.support
+
+    def where(rows: tuple[int, int]) -> np.ndarray:
+        index, values = delta.read(*rows)
+        mask = torch.zeros((rows[1] - rows[0]) * delta.columns, dtype=torch.bool)
+        if index is None:
+            torch.ne(values, 0, out=mask)
+        else:
+            mask[index] = values != 0
+        return np.packbits(mask.view(-1, delta.columns).numpy(), axis=1, bitorder="little")
+
+    bitmap = np.concatenate(list(pool.map(where, delta.row_ranges())))
+    stored = StoredSupport(bitmap, delta.rows, delta.columns)
+    whole = delta.rows * -(-delta.columns * bits // 8)
+    sparse = int((-(-stored.row_counts * bits // 8)).sum()) + bitmap.size
+    # One bit has no code for zero.
+    full = stored.slot_count == delta.rows * delta.columns
+    if full or (bits > 1 and whole <= sparse):
+        return BlockedSupport(0, "", delta.rows, delta.columns, 1)  # every entry; draws nothing
+    return stored
+
+
 def encode_new(name: str, value: torch.Tensor, finetuned_name: str | None) -> EncodedParameter:
     """A parameter that only the fine-tune has: its value, whole."""
     dtype = DTYPE_NAMES[value.dtype]
@@ -233,20 +356,15 @@ def _with_added_rows(
     encoded: EncodedParameter, difference: ParameterDifference
 ) -> EncodedParameter:
     if difference.added_rows is not None:
-        encoded.entry.added_rows = len(difference.added_rows)
-        encoded.entry.added_dtype = DTYPE_NAMES[difference.added_rows.dtype]
-        encoded.tensors[tensor_key(difference.name, "rows")] = difference.added_rows
         _check_added(difference, difference.added_rows)
-    for tensor in encoded.tensors.values():
-        _check_range(difference, tensor)
-    return encoded
+    return _with_rows(encoded, difference.added_rows)
 
 
-def _check_range(difference: ParameterDifference, tensor: torch.Tensor) -> None:
+def _check_range(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_floating_point() and first_non_finite(tensor.reshape(-1)) is not None:
         raise CheckpointError(
-            f"{difference.name}: fine-tune minus base is beyond {tensor.dtype}; these are not "
-            "weights of a working model, no adapter was written"
+            f"{name}: fine-tune minus base is beyond {tensor.dtype}; these are not weights of a "
+            "working model, no adapter was written"
         )
 
 

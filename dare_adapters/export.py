@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from dare_adapters.adapter import Adapter
-from dare_adapters.checkpoint import SAFETENSORS, Checkpoint, open_checkpoint, read_json
+from dare_adapters.checkpoint import Checkpoint, open_checkpoint, read_json
+from dare_adapters.checkpoint_writer import OutputTensor, sum_parts, whole_parts, write_checkpoint
 from dare_adapters.companions import FINETUNED_CONFIG, is_companion
-from dare_adapters.delta import Delta, NewParameter, WeightedDelta, apply_rows
+from dare_adapters.delta import NewParameter, WeightedDelta
 from dare_adapters.errors import (
     AdapterFormatError,
     BaseMismatchError,
     CheckpointMismatchError,
 )
-from dare_adapters.matrix import MatrixView
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.parallel import worker_pool
-from dare_adapters.tensor_file import TensorFileWriter
 from dare_adapters.witness import decode_witness
 
 __all__ = ["check_base_checkpoint", "export"]
@@ -83,7 +81,7 @@ def export(
             total=checkpoint.nbytes, unit="B", unit_scale=True, desc="export", disable=not progress
         )
         with bar, worker_pool(workers) as pool:
-            _write_shards(directory, checkpoint, adapter, names, weight, pool, bar)
+            write_checkpoint(directory, _shards(checkpoint, adapter, names, weight), pool, bar)
         _write_companions(directory, checkpoint, adapter)
     return Path(out)
 
@@ -160,62 +158,36 @@ def _exported_names(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
     return names
 
 
-def _write_shards(
-    directory: Path,
-    base: Checkpoint,
-    adapter: Adapter,
-    names: dict[str, str],
-    weight: float,
-    pool: ThreadPoolExecutor,
-    bar: tqdm[None],
-) -> None:
-    shards = {file: [n for n in own if n in names] for file, own in sorted(base.shards.items())}
-    shards = {file: own for file, own in shards.items() if own}
-    new = {name: e for name, e in adapter.config.parameters.items() if e.kind == "new"}
+def _shards(
+    base: Checkpoint, adapter: Adapter, names: dict[str, str], weight: float
+) -> list[list[OutputTensor]]:
+    """The base's shards, patched; what only the fine-tune has in the last one."""
+    shards = [
+        [_patched(base, adapter, name, names[name], weight) for name in own if name in names]
+        for _, own in sorted(base.shards.items())
+    ]
+    shards = [tensors for tensors in shards if tensors] or [[]]
     dtype = _main_dtype(base)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, own in enumerate(shards.values(), 1):
-        file = SAFETENSORS
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        writer = TensorFileWriter(directory / file, {"format": "pt"})
-        try:
-            for name in own:
-                tensor = _patched(base[name], adapter.get(name), weight, pool)
-                writer.add(names[name], tensor)
-                weight_map[names[name]] = file
-                total += tensor.nbytes
-                bar.update(base.info[name].nbytes)
-            if number == len(shards):
-                for own_name, entry in new.items():
-                    name, tensor = entry.finetuned_name or own_name, _new(adapter, own_name, dtype)
-                    writer.add(name, tensor)
-                    weight_map[name] = file
-                    total += tensor.nbytes
-            writer.finish()
-        finally:
-            writer.close()
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, entry in adapter.config.parameters.items():
+        if entry.kind == "new":
+            value = _new(adapter, name, dtype)
+            shape = tuple(value.shape)
+            own_name = entry.finetuned_name or name
+            shards[-1].append(OutputTensor(own_name, value.dtype, shape, whole_parts(value)))
+    return shards
 
 
 def _patched(
-    base: torch.Tensor,
-    delta: Delta | NewParameter | None,
-    weight: float,
-    pool: ThreadPoolExecutor,
-) -> torch.Tensor:
+    base: Checkpoint, adapter: Adapter, name: str, new_name: str, weight: float
+) -> OutputTensor:
+    tensor, delta = base[name], adapter.get(name)
+    shape = tuple(tensor.shape)
     if delta is None or isinstance(delta, NewParameter):
-        return base
-    tensor = base.clone()
-    view = MatrixView.over(tensor, delta.rows, delta.columns)
-    weighted = [WeightedDelta(delta, weight)]
-    list(pool.map(lambda rows: apply_rows(view, weighted, *rows)[0] is None, delta.row_ranges()))
+        return OutputTensor(new_name, tensor.dtype, shape, whole_parts(tensor))
     if delta.added_rows is not None:
-        tensor = torch.cat([tensor, delta.added_rows.to(tensor.dtype)])
-    return tensor
+        shape = (shape[0] + len(delta.added_rows), *shape[1:])
+    parts = sum_parts(tensor, [WeightedDelta(delta, weight)])
+    return OutputTensor(new_name, tensor.dtype, shape, parts)
 
 
 def _new(adapter: Adapter, name: str, dtype: torch.dtype) -> torch.Tensor:

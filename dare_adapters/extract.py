@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,14 @@ from tqdm.auto import tqdm
 
 from dare_adapters import codec
 from dare_adapters.adapter import Adapter
+from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.checkpoint import Checkpoint, first_non_finite, open_checkpoint
 from dare_adapters.companions import copy_companions
-from dare_adapters.config import WEIGHTS_NAME, DareConfig, tensor_nbytes
-from dare_adapters.difference import Difference
+from dare_adapters.config import DareConfig
+from dare_adapters.difference import Difference, Finetuned
 from dare_adapters.encode import EncodedParameter, encode_dense, encode_new, encode_sparse
 from dare_adapters.errors import (
     CheckpointError,
-    CheckpointMismatchError,
     DeltaTooLargeError,
     DeltaTooLargeWarning,
 )
@@ -33,9 +32,8 @@ from dare_adapters.output import complete_directory, require_space
 from dare_adapters.pairing import Pairing, pair_parameters
 from dare_adapters.parallel import worker_pool
 from dare_adapters.prune import PruneRule
-from dare_adapters.tensor_file import TensorFileWriter
 from dare_adapters.versions import library_versions
-from dare_adapters.witness import content_seed, encode_witness
+from dare_adapters.witness import encode_witness
 
 __all__ = ["extract"]
 
@@ -134,7 +132,7 @@ def extract(
     config.base_model_name_or_path, config.revision = str(base), revision
     config.finetuned_model["name_or_path"] = str(finetuned)
     config.finetuned_model["revision"] = finetuned_revision
-    config.seed = _seed_of(finetuned_checkpoint, pairing) if seed is None else seed
+    config.seed = int(Finetuned(difference).identity) if seed is None else seed
     target = Path(out)
     with complete_directory(target, overwrite) as directory:
         require_space(directory, _expected_bytes(difference, plan))
@@ -203,14 +201,6 @@ def _describe(base: Checkpoint, finetuned: Checkpoint, pairing: Pairing, plan: _
     )
 
 
-def _seed_of(finetuned: Checkpoint, pairing: Pairing) -> int:
-    partners = {**pairing.common, **pairing.new}
-    return content_seed(
-        (name, finetuned.info[partner], finetuned[partner])
-        for name, partner in sorted(partners.items())
-    )
-
-
 def _expected_bytes(difference: Difference, plan: _Plan) -> int:
     total = 1 << 20
     for name, info in difference.base.info.items():
@@ -235,35 +225,27 @@ def _write_tensors(
 ) -> None:
     """Stream all parameters into the tensors file and fill the config's entries."""
     base = difference.base
-    fidelity = _Fidelity()
-    writer = TensorFileWriter(directory / WEIGHTS_NAME, {"format": "pt"})
     total = sum(base.info[name].nbytes for name in difference)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="extract", disable=not progress)
-    try:
-        with bar, worker_pool(workers) as pool:
-            begun: deque[tuple[str, Callable[[], EncodedParameter | None]]] = deque()
+    with AdapterWriter(directory, config) as writer, bar, worker_pool(workers) as pool:
+        begun: deque[tuple[str, Callable[[], EncodedParameter | None]]] = deque()
 
-            def finish() -> None:
-                name, result = begun.popleft()
-                encoded = result()
-                config.witness[name] = encode_witness(name, base[name])
-                if encoded is not None:
-                    _write(writer, encoded, config)
-                    fidelity.add(encoded, plan.rule_for(name, base.info[name].shape))
-                bar.update(base.info[name].nbytes)
+        def finish() -> None:
+            name, result = begun.popleft()
+            encoded = result()
+            config.witness[name] = encode_witness(name, base[name])
+            if encoded is not None:
+                writer.add(encoded, plan.rule_for(name, base.info[name].shape))
+            bar.update(base.info[name].nbytes)
 
-            for name in difference:
-                begun.append((name, _encode(pool, difference, name, plan, config.seed, device)))
-                if len(begun) > AHEAD:
-                    finish()
-            while begun:
+        for name in difference:
+            begun.append((name, _encode(pool, difference, name, plan, config.seed, device)))
+            if len(begun) > AHEAD:
                 finish()
+        while begun:
+            finish()
         for encoded in _new_parameters(difference):
-            _write(writer, encoded, config)
-        config.sha256 = writer.finish()
-    finally:
-        writer.close()
-    config.fidelity = fidelity.groups()
+            writer.add(encoded)
 
 
 def _encode(
@@ -307,69 +289,3 @@ def _new_parameters(source: Difference) -> list[EncodedParameter]:
             if not torch.equal(value, source.base[name]):
                 found.append(encode_new(name, value, partner if partner != name else None))
     return found
-
-
-def _write(writer: TensorFileWriter, encoded: EncodedParameter, config: DareConfig) -> None:
-    planned = encoded.entry.tensors(encoded.name)
-    for key, tensor in encoded.tensors.items():
-        dtype, shape = planned[key]
-        if tuple(tensor.shape) != shape or tensor.nbytes != tensor_nbytes(dtype, shape):
-            raise CheckpointMismatchError(  # a defect of this library, never of the input
-                f"{key}: encoded as {tuple(tensor.shape)}, its entry says {shape}"
-            )
-        writer.add(key, tensor)
-    config.parameters[encoded.name] = encoded.entry
-
-
-class _Fidelity:
-    """What was lost, for each group of parameters that differ only in their layer's number."""
-
-    def __init__(self) -> None:
-        self._groups: dict[str, dict[str, float]] = {}
-
-    def add(self, encoded: EncodedParameter, rule: PruneRule | None) -> None:
-        """Count one parameter.
-
-        `drop_error` and `rounding_error` are squared errors over the squared delta: expected over
-        masks for random supports, measured otherwise.
-        """
-        key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", encoded.name)
-        sums = self._groups.setdefault(
-            key, {"parameters": 0, "entries": 0, "survivors": 0, "delta": 0, "drop": 0, "round": 0}
-        )
-        energy, entry = encoded.energy, encoded.entry
-        keep = 1.0 if rule is None else 1 - rule.drop_rate
-        factor = 1.0 if rule is None else rule.factor
-        kept = energy.signal / factor**2
-        if rule is None or keep == 1.0:
-            delta, drop = kept, 0.0
-        elif rule.drop_error is None:
-            assert encoded.total_signal is not None
-            delta, drop = encoded.total_signal, encoded.total_signal - kept
-        else:
-            delta, drop = kept / keep, rule.drop_error * kept / keep
-        sums["parameters"] += 1
-        sums["entries"] += torch.Size(entry.shape).numel()
-        sums["survivors"] += energy.survivors
-        sums["delta"] += delta
-        sums["drop"] += drop
-        sums["round"] += energy.rounding
-
-    def groups(self) -> dict[str, dict[str, float]]:
-        """As they stand in the config."""
-        return {
-            key: {
-                "parameters": sums["parameters"],
-                "entries": sums["entries"],
-                "survivors": sums["survivors"],
-                "delta_rms": _six((sums["delta"] / max(sums["entries"], 1)) ** 0.5),
-                "drop_error": _six(sums["drop"] / sums["delta"] if sums["delta"] else 0.0),
-                "rounding_error": _six(sums["round"] / sums["delta"] if sums["delta"] else 0.0),
-            }
-            for key, sums in self._groups.items()
-        }
-
-
-def _six(value: float) -> float:
-    """Six significant digits: these are for people."""
-    return float(f"{value:.6g}")

@@ -16,16 +16,19 @@ import torch
 from torch import nn
 
 from dare_adapters.adapter import Adapter
+from dare_adapters.combine.registry import get_method
 from dare_adapters.errors import PatchedModelError, PatchedStateWarning
 from dare_adapters.live_adapters import LiveAdapters
 from dare_adapters.lock import WeightsLock
+from dare_adapters.open_source import open_source
+from dare_adapters.source import DeltaSource
+from dare_adapters.store import save_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["COMBINATION_TYPES", "install"]
+__all__ = ["install"]
 
-COMBINATION_TYPES = ("linear",)
 _STATE = "_dare_live_adapters"
 # The state of the model around it, in a model that is a part of another.
 _OUTER = "_dare_outer_adapters"
@@ -33,7 +36,7 @@ _OUTER = "_dare_outer_adapters"
 # Not in the model itself, which would then need this library to be unpickled.
 _locks: WeakKeyDictionary[nn.Module, WeightsLock] = WeakKeyDictionary()
 _making = threading.Lock()
-Source = str | Path | Adapter
+Source = str | Path | DeltaSource
 
 
 def load_dare_adapter(
@@ -49,6 +52,7 @@ def load_dare_adapter(
     strict: bool = True,
     verify: bool = True,
     activate: bool = True,
+    **options: Any,
 ) -> str:
     """Put a DARE adapter on this model, in place.
 
@@ -56,16 +60,19 @@ def load_dare_adapter(
     they are; `disable_dare_adapters` brings every bit of the base back.
 
     Args:
-        source: an adapter directory, a hub id, an opened `Adapter`; or a list of them, which are
-            mixed under one name.
+        source: an adapter directory, a hub id, an opened `Adapter`; a LoRA adapter's directory,
+            of which the delta B·A is taken; a mix; or a list of them, which are combined under
+            one name.
         adapter_name: what to call it; by default the last part of `source`.
         weight: factor of the delta; for a list, one for each.
-        combination_type: how a list is mixed: "linear", the weighted sum of the deltas.
+        combination_type: how a list is combined; see `add_weighted_adapter`.
         revision, token: for hub ids.
         check_base: compare sampled weights with those of the adapter's base.
         strict: refuse an adapter that changes parameters which this model does not have.
         verify: check the adapter's SHA-256 and look for damaged numbers.
         activate: make it the active adapter; otherwise only load it.
+        **options: for a list: `density`, `majority_sign_method`, `seed` and all others that
+            `add_weighted_adapter` takes.
 
     Returns:
         The adapter's name.
@@ -76,25 +83,24 @@ def load_dare_adapter(
         AdapterExistsError: the name is taken.
         ArchitectureMismatchError: it was made for another architecture.
         BaseMismatchError: this model does not hold the adapter's base.
+        CombinationError: a list cannot be combined as asked.
         UnsupportedParameterError: a parameter cannot be changed where it is.
     """
-    sources = [source] if isinstance(source, (str, Path, Adapter)) else list(source)
+    sources = [source] if isinstance(source, (str, Path, DeltaSource)) else list(source)
     _check_some(sources)
     weights = _weights(weight, len(sources))
-    _check_combination(combination_type)
+    _check_combination(combination_type, options, len(sources))
     if adapter_name is None:
         adapter_name = "+".join(_default_name(item) for item in sources)
     _check_name(adapter_name)
-    components = [
-        (
-            item
-            if isinstance(item, Adapter)
-            else Adapter.from_pretrained(item, revision=revision, token=token, verify=verify),
-            factor,
-        )
-        for item, factor in zip(sources, weights, strict=True)
+    opened = [
+        item
+        if isinstance(item, DeltaSource)
+        else open_source(item, revision=revision, token=token, verify=verify)
+        for item in sources
     ]
     state = _state(self)
+    components = _components(self, opened, weights, combination_type, strict, options)
     state.load(self, adapter_name, components, check_base=check_base, strict=strict)
     if activate:
         try:
@@ -155,28 +161,41 @@ def add_weighted_adapter(
     weights: Sequence[float],
     adapter_name: str,
     combination_type: str = "linear",
+    **options: Any,
 ) -> None:
-    """Make a new adapter of loaded ones; it takes no memory of its own.
+    """Make a new adapter of loaded ones; it is computed when it is activated.
 
     Args:
         adapters: names of loaded adapters.
         weights: one for each.
         adapter_name: of the new one; it is not activated.
-        combination_type: "linear", the weighted sum of the deltas.
+        combination_type: "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" with
+            PEFT's meaning, and all others that `dare_adapters.combine.method_names()` lists.
+        **options: of that method: `density`, `majority_sign_method`, … (see its docstring and
+            the README's table); and of all methods:
+            seed (0) and mask ("auto", "blocked", "bernoulli") of what is dropped at random;
+            prune ("dare", "drop_only", "magnitude") with drop_rate, done to every delta first;
+            statistics, a mapping for each adapter, for "fisher" and "regmean".
 
     Raises:
         AdapterNotFoundError: a name is not loaded.
         AdapterExistsError: `adapter_name` is taken.
+        CombinationError: an unknown method or option, or a value out of range.
     """
-    _check_combination(combination_type)
     _check_name(adapter_name)
     _check_some(adapters)
+    factors = _weights(weights, len(adapters))
+    _check_combination(combination_type, options, len(adapters))
     state = _state(self)
-    components = [
-        (adapter, own * factor)
-        for name, factor in zip(adapters, _weights(weights, len(adapters)), strict=True)
-        for adapter, own in state.get(name).components
-    ]
+    if combination_type == "linear" and not options:  # sums of sums need no detour
+        components = [
+            (source, own * factor)
+            for name, factor in zip(adapters, factors, strict=True)
+            for source, own in state.get(name).components
+        ]
+    else:
+        sources = [state.get(name).source for name in adapters]
+        components = _components(self, sources, factors, combination_type, False, options)
     state.load(self, adapter_name, components, check_base=False, strict=False)
 
 
@@ -192,6 +211,8 @@ def save_dare_adapter(
 ) -> None:
     """Write a loaded adapter to a directory: tensors, config, model card, companions.
 
+    One that was combined of others is computed and stored with the bits of the finest of them.
+
     Args:
         save_directory: to create.
         adapter_name: which; may be left out where exactly one is loaded.
@@ -201,7 +222,6 @@ def save_dare_adapter(
 
     Raises:
         AdapterNotFoundError: it is not loaded.
-        PatchedModelError: the name stands for a mix, which has no tensors of its own.
     """
     state = _state(self)
     if adapter_name is None:
@@ -211,14 +231,13 @@ def save_dare_adapter(
                 f"({', '.join(state.loaded) or 'none'})"
             )
         adapter_name = next(iter(state.loaded))
-    components = state.get(adapter_name).components
-    if len(components) > 1 or components[0][1] != 1.0:
-        parts = ", ".join(f"{w} * {a.path.name}" for a, w in components)
-        raise PatchedModelError(
-            f"{adapter_name!r} is a mix ({parts}) without tensors of its own; save its parts"
-        )
-    adapter = components[0][0]
-    adapter.save(save_directory, overwrite=overwrite)
+    source = state.get(adapter_name).source
+    if isinstance(source, Adapter):
+        source.save(save_directory, overwrite=overwrite)
+    else:
+        with state.suspended(self):
+            base = state.base_reader(self, adapter_name)
+            save_source(source, save_directory, base=base, overwrite=overwrite)
     if push_to_hub:
         Adapter.open(save_directory).push_to_hub(repo_id or Path(save_directory).name, **hub)
 
@@ -325,9 +344,34 @@ def _weights(weight: float | Sequence[float], count: int) -> list[float]:
     return [float(value) for value in weights]
 
 
-def _check_combination(kind: str) -> None:
-    if kind not in COMBINATION_TYPES:
-        raise ValueError(f"combination_type is {kind!r}; there are {', '.join(COMBINATION_TYPES)}")
+_OF_ALL_METHODS = ("seed", "mask", "prune", "drop_rate", "statistics")
+
+
+def _check_combination(kind: str, options: dict[str, Any], count: int) -> None:
+    """Refuse before anything is opened what cannot be combined.
+
+    Raises:
+        CombinationError: an unknown method or option.
+    """
+    own = {name: value for name, value in options.items() if name not in _OF_ALL_METHODS}
+    get_method(kind).check(own, count)
+
+
+def _components(
+    model: PreTrainedModel,
+    sources: Sequence[DeltaSource],
+    weights: Sequence[float],
+    combination_type: str,
+    strict: bool,
+    options: dict[str, Any],
+) -> list[tuple[DeltaSource, float]]:
+    """Sources and weights as what is loaded under one name."""
+    if combination_type == "linear" and not options:
+        return list(zip(sources, weights, strict=True))
+    how = {name: value for name, value in options.items() if name in _OF_ALL_METHODS}
+    how["options"] = {name: v for name, v in options.items() if name not in _OF_ALL_METHODS}
+    combined = _state(model).combine(model, sources, weights, combination_type, strict, **how)
+    return [(combined, 1.0)]
 
 
 def _check_some(adapters: Sequence[object]) -> None:
@@ -341,7 +385,7 @@ def _check_name(name: str) -> None:
 
 
 def _default_name(source: Source) -> str:
-    path = source.path if isinstance(source, Adapter) else source
+    path = source.label if isinstance(source, DeltaSource) else source
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or "default"
 
 

@@ -98,12 +98,22 @@ class LiveParameter:
 
 def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LiveParameter | None]:
     """The live parameter of each checkpoint name, None where the model has none."""
-    table = locate_all(model)
+    table = {**_own_names(model), **locate_all(model)}
     prefix = getattr(model, "base_model_prefix", "")
     return {
         name: next((table[v] for v in name_variants(name, prefix) if v in table), None)
         for name in names
     }
+
+
+def _own_names(model: PreTrainedModel) -> dict[str, LiveParameter]:
+    """Every parameter under its live name, which adapters that were trained live (LoRA) use."""
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            strides = torch.empty(tensor.shape, device="meta").stride()
+            found[name] = LiveParameter(name, tuple(tensor.shape), 0, tuple(strides))
+    return found
 
 
 def name_variants(name: str, prefix: str) -> list[str]:

@@ -6,22 +6,25 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_adapters.adapter import Adapter
+from dare_adapters.combine.combination import Combination
 from dare_adapters.delta import Delta, NewParameter, WeightedDelta
 from dare_adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     ArchitectureMismatchError,
     BaseMismatchError,
+    UnsupportedParameterError,
     UnusedParametersWarning,
 )
 from dare_adapters.live import LiveParameter, is_patchable, locate
 from dare_adapters.lock import WeightsLock
+from dare_adapters.lora import LoraAdapter
 from dare_adapters.patch import Change, Patch, check
+from dare_adapters.source import BaseReader, DeltaSource, Renamed
 from dare_adapters.witness import decode_witness, matches
 
 if TYPE_CHECKING:
@@ -34,15 +37,23 @@ _LISTED = 6
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What one name stands for: adapters and their weights, added up.
+    """What one name stands for: sources and their weights, added up.
 
     Attributes:
-        components: the adapters with their weights.
+        components: the sources with their weights.
         places: for each of them, checkpoint name -> place in the model.
     """
 
-    components: tuple[tuple[Adapter, float], ...]
+    components: tuple[tuple[DeltaSource, float], ...]
     places: tuple[dict[str, LiveParameter], ...]
+
+    @property
+    def source(self) -> DeltaSource:
+        """All of it as one source."""
+        if len(self.components) == 1 and self.components[0][1] == 1.0:
+            return self.components[0][0]
+        sources, weights = zip(*self.components, strict=True)
+        return Combination(sources, weights, check_base=False)
 
 
 @dataclass
@@ -58,7 +69,7 @@ class LiveAdapters:
         self,
         model: PreTrainedModel,
         name: str,
-        components: Sequence[tuple[Adapter, float]],
+        components: Sequence[tuple[DeltaSource, float]],
         *,
         check_base: bool,
         strict: bool,
@@ -84,6 +95,38 @@ class LiveAdapters:
                     for (adapter, _), place in zip(components, places, strict=True):
                         _check_witness(model, adapter, place)
             self.loaded[name] = loaded
+
+    def combine(
+        self,
+        model: PreTrainedModel,
+        sources: Sequence[DeltaSource],
+        weights: Sequence[float],
+        combination_type: str,
+        strict: bool,
+        **how: Any,
+    ) -> Combination:
+        """Sources as one, under the names that the first which changes a weight has for it.
+
+        Raises:
+            CombinationError: as `Combination` says.
+        """
+        with self.lock.writing(), self.suspended(model):
+            names: dict[tuple[int, int, tuple[int, ...]], str] = {}
+            renamed: list[DeltaSource] = []
+            for source in sources:
+                found: dict[str, str] = {}
+                for name, place in _place(model, source, strict).items():
+                    found.setdefault(names.setdefault(place.region(model), name), name)
+                same = all(new == own for new, own in found.items())
+                renamed.append(source if same else Renamed(source, found))
+            return Combination(renamed, weights, combination_type, **how)
+
+    def base_reader(self, model: PreTrainedModel, name: str) -> BaseReader:
+        """The live weights under the checkpoint names of a loaded adapter."""
+        places: dict[str, LiveParameter] = {}
+        for own in self.get(name).places:
+            places.update(own)
+        return _base_reader(model, places)
 
     def activate(self, model: PreTrainedModel, weights: Mapping[str, float]) -> None:
         """Make exactly these adapters active: all or, if anything fails, none changed.
@@ -160,16 +203,43 @@ class LiveAdapters:
         """
         changes: dict[tuple[int, int, tuple[int, ...]], Change] = {}
         for loaded, weight in chosen:
-            for (adapter, own_weight), places in zip(loaded.components, loaded.places, strict=True):
+            for (source, own_weight), places in zip(loaded.components, loaded.places, strict=True):
                 seen = set()
+                base = _base_reader(model, places)
                 for name, target in places.items():
                     region = target.region(model)
                     if region in seen:
+                        _refuse_two_changes(source, name, target)
                         continue
                     seen.add(region)
                     change = changes.setdefault(region, Change(name, target))
-                    _contribute(change, adapter[name], weight * own_weight)
+                    delta = source.parameter(name, base)
+                    _contribute(change, delta, weight * own_weight)
         return list(changes.values())
+
+
+def _base_reader(model: PreTrainedModel, places: Mapping[str, LiveParameter]) -> BaseReader:
+    """The live parameters under checkpoint names, for when they are the base's."""
+
+    def read(name: str) -> torch.Tensor:
+        view = places[name].view(model)
+        return view.take(0, view.rows, None).cpu().view(places[name].shape)
+
+    return read
+
+
+def _refuse_two_changes(source: DeltaSource, name: str, target: LiveParameter) -> None:
+    """A checkpoint stores a tied weight once or twice alike; a LoRA may change it in two ways.
+
+    Raises:
+        UnsupportedParameterError: it does.
+    """
+    if isinstance(source, LoraAdapter):
+        raise UnsupportedParameterError(
+            f"{source.label} changes {name}, which is tied to another weight that it changes too "
+            f"({target.owner}): one tensor cannot hold both. Load the base with "
+            "tie_word_embeddings=False"
+        )
 
 
 def _contribute(change: Change, delta: Delta | NewParameter, weight: float) -> None:
@@ -189,37 +259,36 @@ def _contribute(change: Change, delta: Delta | NewParameter, weight: float) -> N
             change.added_rows = torch.cat([have, more])
 
 
-def _place(model: PreTrainedModel, adapter: Adapter, strict: bool) -> dict[str, LiveParameter]:
+def _place(model: PreTrainedModel, source: DeltaSource, strict: bool) -> dict[str, LiveParameter]:
     """Where each parameter of an adapter is in the model.
 
     Raises:
         ArchitectureMismatchError: the model lacks parameters that the adapter changes.
     """
-    found = locate(model, adapter)
+    found = locate(model, source)
     places = {name: place for name, place in found.items() if place is not None}
-    _warn_of_tied_values(model, adapter, places)
+    _warn_of_tied_values(model, source, places)
     lacking = [name for name, place in found.items() if place is None]
     if not lacking:
         return places
-    entries = adapter.config.parameters
-    made_for = ", ".join(adapter.config.base_architectures) or "an unnamed architecture"
-    changed = [name for name in lacking if entries[name].kind != "new"]
-    if changed and not any(entries[name].kind != "new" for name in places):
+    made_for = ", ".join(source.base_architectures) or "an unnamed architecture"
+    changed = [name for name in lacking if not source.is_new(name)]
+    if changed and all(source.is_new(name) for name in places):
         raise ArchitectureMismatchError(
-            f"{adapter.path} changes {made_for}; {type(model).__name__} has none of its "
+            f"{source.label} changes {made_for}; {type(model).__name__} has none of its "
             f"{len(changed)} parameters ({_listed(changed)})"
         )
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    prefixed = prefix != "." and any(name.startswith(prefix) for name in entries)
+    prefixed = prefix != "." and any(name.startswith(prefix) for name in source)
     needed = [n for n in changed if not prefixed or n.startswith(prefix)]
     if needed and strict:
         raise ArchitectureMismatchError(
-            f"{adapter.path} changes {len(needed)} parameters of {made_for} that "
+            f"{source.label} changes {len(needed)} parameters of {made_for} that "
             f"{type(model).__name__} does not have: {_listed(needed)}; load the base with the "
             "class it was fine-tuned with, or pass strict=False to leave them out"
         )
     warnings.warn(
-        f"{type(model).__name__} has no place for {len(lacking)} parameters of {adapter.path}, "
+        f"{type(model).__name__} has no place for {len(lacking)} parameters of {source.label}, "
         f"which were left out: {_listed(lacking)}",
         UnusedParametersWarning,
         stacklevel=5,
@@ -228,17 +297,16 @@ def _place(model: PreTrainedModel, adapter: Adapter, strict: bool) -> dict[str, 
 
 
 def _warn_of_tied_values(
-    model: PreTrainedModel, adapter: Adapter, places: Mapping[str, LiveParameter]
+    model: PreTrainedModel, source: DeltaSource, places: Mapping[str, LiveParameter]
 ) -> None:
     """Tell of values that have no weight of their own here, as of a head that the model ties."""
-    entries = adapter.config.parameters
-    taken = {place.region(model): n for n, place in places.items() if entries[n].kind != "new"}
-    tied = {n: place.region(model) for n, place in places.items() if entries[n].kind == "new"}
+    taken = {place.region(model): n for n, place in places.items() if not source.is_new(n)}
+    tied = {n: place.region(model) for n, place in places.items() if source.is_new(n)}
     left_out = [f"{name} (tied to {taken[r]})" for name, r in tied.items() if r in taken]
     if left_out:
         warnings.warn(
             f"{type(model).__name__} has no weights of their own for {_listed(left_out)}, which "
-            f"{adapter.path} brings; if the fine-tune unties them, load the base with "
+            f"{source.label} brings; if the fine-tune unties them, load the base with "
             "tie_word_embeddings=False",
             UnusedParametersWarning,
             stacklevel=6,
@@ -246,14 +314,14 @@ def _warn_of_tied_values(
 
 
 def _check_witness(
-    model: PreTrainedModel, adapter: Adapter, places: Mapping[str, LiveParameter]
+    model: PreTrainedModel, source: DeltaSource, places: Mapping[str, LiveParameter]
 ) -> None:
     """Compare the live weights with the adapter's witness of its base.
 
     Raises:
         BaseMismatchError: which parameters differ, and how far.
     """
-    witness = adapter.config.witness
+    witness = source.witness
     wrong: list[tuple[float, str]] = []
     # Mostly all are placed already; looking up the rest walks the whole model once more.
     rest = [name for name in witness if name not in places]
@@ -274,10 +342,9 @@ def _check_witness(
     if wrong:
         wrong.sort(reverse=True)
         listed = ", ".join(f"{name} (off by {off:.2g})" for off, name in wrong[:_LISTED])
-        base = adapter.config.base_model_name_or_path
-        revision = adapter.config.revision
+        base, revision = source.base_model_name_or_path, source.revision
         raise BaseMismatchError(
-            f"this model is not the base of {adapter.path}: {len(wrong)} of {len(witness)} sampled "
+            f"this model is not the base of {source.label}: {len(wrong)} of {len(witness)} sampled "
             f"parameters differ, most of all {listed}. It was extracted over {base!r}"
             + (f" at revision {revision}" if revision else "")
             + "; load that, or pass check_base=False if you know better"

@@ -30,6 +30,7 @@ from dare_adapters import compiled
 
 __all__ = [
     "BernoulliSupport",
+    "BlockedKey",
     "BlockedSupport",
     "Slots",
     "Support",
@@ -180,6 +181,22 @@ class Support(ABC):
         return self.rows * self.slots_per_row if counts is None else int(counts.sum())
 
 
+@dataclass(frozen=True)
+class BlockedKey:
+    """What a blocked support is made of."""
+
+    seed: int
+    name: str
+    rows: int
+    columns: int
+    block: int
+
+    @property
+    def support(self) -> BlockedSupport:
+        """The support."""
+        return BlockedSupport(self.seed, self.name, self.rows, self.columns, self.block)
+
+
 class BlockedSupport(Support):
     """Exactly one survivor in each block of B columns, drawn uniformly: p = 1 - 1/B.
 
@@ -193,7 +210,7 @@ class BlockedSupport(Support):
         if not 1 <= block <= MAX_BLOCK:
             raise ValueError(f"block must be 1 … {MAX_BLOCK}, got {block}")
         self.rows, self.columns, self.block = rows, columns, block
-        self._seed, self._key = seed, parameter_key(name)
+        self._seed, self._name, self._key = seed, name, parameter_key(name)
         self._slots = -(-columns // block)
         self._stride = -(-self._slots // 16)
         self.ragged = columns % block != 0
@@ -217,8 +234,8 @@ class BlockedSupport(Support):
         return self._slots > 1 or not self.ragged
 
     @property
-    def key(self) -> object:
-        return "blocked", self.rows, *self.where
+    def key(self) -> BlockedKey:
+        return BlockedKey(self._seed, self._name, self.rows, self.columns, self.block)
 
     def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         slots = self.slots(start, stop)

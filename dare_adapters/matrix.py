@@ -47,6 +47,12 @@ class MatrixView:
         """An index moved to where the storage is."""
         return None if index is None else index.to(self.device, non_blocking=True)
 
+    def flat_places(self, index: torch.Tensor, start: int) -> torch.Tensor | None:
+        """Where in `storage` an index relative to row `start` is, or None: it takes long to say."""
+        if self.positions is not None or self.column_stride != 1 or self.row_stride != self.columns:
+            return None
+        return index + (self.offset + start * self.columns)
+
     def take(self, start: int, stop: int, index: torch.Tensor | None) -> torch.Tensor:
         """Entries at `index` (relative to row `start`; None: all) of some rows, as a new vector."""
         part = self._contiguous(start, stop)

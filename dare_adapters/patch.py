@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dare_adapters.delta import WeightedDelta, apply_rows
+from dare_adapters.delta import Delta, WeightedDelta, apply_rows
 from dare_adapters.errors import ArchitectureMismatchError
 from dare_adapters.live import LiveParameter, check_patchable
 from dare_adapters.parallel import worker_pool
@@ -54,8 +54,9 @@ class _Restorable:
     change: Change
     shape: tuple[int, ...]
     ranges: list[tuple[int, int]]
-    # With one delta its support tells the positions again; of several the union is kept.
+    # One delta's support may tell the positions again; otherwise they are kept.
     written: list[tuple[Index, torch.Tensor] | None]
+    recall: Delta | None = None
     resized: Resized | None = None
     original: torch.Tensor | None = None
 
@@ -123,6 +124,8 @@ class Patch:
         if owner.device.type != "cpu" and ranges:
             ranges = [(0, ranges[-1][1])]  # launches cost more than memory there
         item = _Restorable(change, shape, ranges, [None] * len(ranges))
+        if len(change.deltas) == 1 and change.deltas[0].delta.recalls_positions:
+            item.recall = change.deltas[0].delta
         with _mode(owner):
             if change.value is not None:
                 item.original = owner.detach().clone()
@@ -162,14 +165,19 @@ def _mode(owner: torch.Tensor) -> torch.inference_mode:
 
 def _write(model: nn.Module, item: _Restorable, number: int) -> None:
     start, stop = item.ranges[number]
+    deltas = item.change.deltas
     view = item.change.target.view(model, item.shape)
     with _mode(view.storage):
-        index, originals = apply_rows(view, item.change.deltas, start, stop)
+        index, originals = apply_rows(view, deltas, start, stop)
     keep = None
-    if index is not None and len(item.change.deltas) > 1:
+    if index is not None and item.recall is None:
         small = (stop - start) * view.columns < _INT32_ENTRIES
         keep = index.to(torch.int32) if small else index
     item.written[number] = (keep, originals)
+    if all(part is not None for part in item.written):
+        for weighted in deltas:
+            weighted.delta.release()
+        item.change.deltas = []  # what was computed is not needed again
 
 
 def _put_back(model: nn.Module, item: _Restorable, number: int) -> None:
@@ -181,12 +189,11 @@ def _put_back(model: nn.Module, item: _Restorable, number: int) -> None:
     index, originals = written
     if index is not None:
         index = index.to(torch.int64)
-    elif len(item.change.deltas) == 1:
-        delta = item.change.deltas[0].delta
-        if delta.restore_compiled(view, originals, start, stop):
+    elif item.recall is not None:
+        if item.recall.restore_compiled(view, originals, start, stop):
             item.written[number] = None
             return
-        index = delta.positions(start, stop)
+        index = item.recall.positions(start, stop)
     values = originals.to(view.device, view.dtype)
     with _mode(view.storage):
         view.put(start, stop, view.on_device(index), values)

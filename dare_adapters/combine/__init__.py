@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from dare_adapters.combine.combination import BaseReader, Combination, Statistics
+from dare_adapters.combine.combination import Combination, Statistics
 from dare_adapters.combine.registry import (
     Method,
     delta_method,
@@ -12,7 +12,6 @@ from dare_adapters.combine.registry import (
 )
 
 __all__ = [
-    "BaseReader",
     "Combination",
     "Method",
     "Statistics",
@@ -22,7 +21,22 @@ __all__ = [
     "parameter_method",
 ]
 
-_FAMILIES = ("linear", "ties", "dare")
+_FAMILIES = (
+    "linear",
+    "ties",
+    "dare",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "spherical",
+    "model_stock",
+    "nearswap",
+    "fusion",
+    "ram",
+    "fisher",
+    "regmean",
+    "widen",
+)
 
 
 def load_methods() -> None:

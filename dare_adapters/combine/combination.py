@@ -6,24 +6,22 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
 
 from dare_adapters.combine.registry import Method, get_method
 from dare_adapters.combine.select import Threshold, largest
-from dare_adapters.combine.sparsify import RandomMasks, drop_at_random, keep_largest
+from dare_adapters.combine.sparsify import RandomMasks, densities, drop_at_random, keep_largest
 from dare_adapters.delta import Delta, NewParameter, NoChange
 from dare_adapters.errors import ArchitectureMismatchError, BaseMismatchError, CombinationError
 from dare_adapters.prune import METHODS as PRUNE_METHODS
-from dare_adapters.source import DeltaSource
+from dare_adapters.source import BaseReader, DeltaSource, Renamed
 
 __all__ = ["BaseReader", "Combination", "Statistics"]
-
-BaseReader = Callable[[str], torch.Tensor]
-"""The base's parameter of a checkpoint name, any float dtype."""
 
 Statistics = Mapping[str, torch.Tensor]
 """Fisher or Gram tensors by checkpoint name."""
@@ -73,12 +71,17 @@ class Combination(DeltaSource):
         if len(weights) != len(sources):
             raise CombinationError(f"{len(weights)} weights for {len(sources)} adapters")
         self.sources, self.weights = tuple(sources), tuple(float(w) for w in weights)
+        for weight in self.weights:
+            if not math.isfinite(weight):
+                raise CombinationError(f"a weight is {weight!r}; it must be a finite number")
         self.method: Method = get_method(combination_type)
         self.options = dict(options or {})
         self.method.check(self.options, len(sources))
         if mask not in MASKS:
             raise CombinationError(f"mask is {mask!r}; there are {', '.join(MASKS)}")
         _check_prune(prune, drop_rate)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise CombinationError(f"seed is {seed!r}; it must be a whole number")
         self.seed, self.mask, self.prune, self.drop_rate = seed, mask, prune, drop_rate
         self.base, self.statistics = base, statistics
         if self.method.statistics and statistics is None:
@@ -86,16 +89,27 @@ class Combination(DeltaSource):
                 f"{combination_type} needs the {self.method.statistics} statistics of every "
                 "adapter; make them with `dare-adapters stats`"
             )
-        self._names = sorted(set().union(*(source.keys() for source in sources)))
+        if statistics is not None and len(statistics) != len(sources):
+            raise CombinationError(f"{len(statistics)} statistics for {len(sources)} adapters")
+        self._names = dict.fromkeys(sorted(set().union(*(s.keys() for s in sources))))
         self._lock = threading.Lock()
         first = self.sources[0]
         self.label = f"{combination_type}({', '.join(source.label for source in sources)})"
         self.base_model_name_or_path, self.revision = first.base_model_name_or_path, first.revision
         self.base_architectures = first.base_architectures
         self.base_parameter_count = max(source.base_parameter_count for source in sources)
-        self.witness = first.witness
+        self.witness = {n: w for source in reversed(sources) for n, w in source.witness.items()}
         if check_base:
             _check_same_base(self.sources)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Combination:
+        return self  # nothing changes it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "base": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -106,21 +120,39 @@ class Combination(DeltaSource):
     def __getitem__(self, name: str) -> Delta | NewParameter:
         return self.parameter(name, self.base)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def is_new(self, name: str) -> bool:
-        return any(name in source and source.is_new(name) for source in self.sources)
+        return next((s.is_new(name) for s in self.sources if name in s), False)
+
+    def stored_bits(self, name: str) -> int:
+        return max(source.stored_bits(name) for source in self.sources if name in source)
 
     @property
     def identity(self) -> str:
-        description = [
-            self.method.name,
-            sorted((key, str(value)) for key, value in self.options.items()),
-            self.seed,
-            self.mask,
-            self.prune,
-            self.drop_rate,
-            [(source.identity, w) for source, w in zip(self.sources, self.weights, strict=True)],
-        ]
-        return hashlib.sha256(json.dumps(description).encode()).hexdigest()
+        description = {**self.describe(), "adapters": self._parts()}
+        return hashlib.sha256(
+            json.dumps(description, sort_keys=True, default=str).encode()
+        ).hexdigest()
+
+    def _parts(self) -> list[tuple[str, float]]:
+        return [(s.identity, weight) for s, weight in zip(self.sources, self.weights, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain JSON."""
+        return {
+            "combination_type": self.method.name,
+            "options": self.options,
+            "seed": self.seed,
+            "mask": self.mask,
+            "prune": self.prune,
+            "drop_rate": self.drop_rate,
+            "adapters": [
+                {"source": source.label, "weight": weight, "sha256": source.identity}
+                for source, weight in zip(self.sources, self.weights, strict=True)
+            ],
+        }
 
     def parameter(self, name: str, base: BaseReader | None) -> Delta | NewParameter:
         """The combined delta of one parameter, over a base that is given now.
@@ -138,13 +170,14 @@ class Combination(DeltaSource):
             return given[0]
         deltas: list[Delta] = []
         shape = given[0].shape
+        first = self.sources[found.index(given[0])]
         for source, delta in zip(self.sources, found, strict=True):
             if delta is None or isinstance(delta, NewParameter):
                 deltas.append(NoChange(shape))
             elif delta.shape != shape:
                 raise ArchitectureMismatchError(
                     f"{source.label} changes {name} as {list(delta.shape)}, "
-                    f"{self.sources[0].label} as {list(shape)}; they are of different bases"
+                    f"{first.label} as {list(shape)}; they are of different bases"
                 )
             else:
                 deltas.append(delta)
@@ -155,16 +188,15 @@ class Combination(DeltaSource):
         return combined
 
     def _combine(self, name: str, deltas: list[Delta], base: BaseReader | None) -> Delta:
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"name": name} if "name" in self.method.given else {}
         masks = RandomMasks(name, self._seeds, self.mask)
-        if self.prune is not None:
-            deltas = self._pruned(name, deltas)
+        deltas = [self._pruned(name, number, delta) for number, delta in enumerate(deltas)]
         if not self.method.on_parameters:
             if "masks" in self.method.given:
                 given["masks"] = masks
             if "cutoffs" in self.method.given and self.options.get("trim_scope") == "model":
                 number = self._common.index(name)
-                given["cutoffs"] = [of_model[number] for of_model in self._cutoffs]
+                given["cutoffs"] = [of_model[number] for of_model in self._cutoffs(base)]
             combined = self.method.function(deltas, self.weights, **self.options, **given)
             assert isinstance(combined, Delta)
             return combined
@@ -174,21 +206,27 @@ class Combination(DeltaSource):
             )
         if self.method.statistics is not None:
             assert self.statistics is not None
-            given["statistics"] = [statistics.get(name) for statistics in self.statistics]
+            given["statistics"] = [
+                statistics.get(_own_name(source, name))
+                for source, statistics in zip(self.sources, self.statistics, strict=True)
+            ]
+            if "norms" in self.method.given and self.options.get("normalize"):
+                given["norms"] = self._norms
         return _WholeParameter(self, name, deltas, base, given)
 
-    def _pruned(self, name: str, deltas: list[Delta]) -> list[Delta]:
-        assert self.drop_rate is not None
-        density = 1 - self.drop_rate
+    def _pruned(self, name: str, number: int, delta: Delta) -> Delta:
+        """What `prune` leaves of the delta of source `number`."""
+        if self.prune is None or self.drop_rate is None:
+            return delta
         if self.prune == "magnitude":
-            return [keep_largest(delta, density) for delta in deltas]
-        # Not the seeds of the method's own drops, which would keep all that is left or nothing.
-        seeds = [source.mask_seed(self.seed ^ 1 << 63) for source in self.sources]
-        masks, rescale = RandomMasks(name, seeds, self.mask), self.prune == "dare"
-        return [
-            drop_at_random(delta, density, masks, number, rescale=rescale)
-            for number, delta in enumerate(deltas)
-        ]
+            return keep_largest(delta, round(1 - self.drop_rate, 12))  # 1 - 0.9 is below 0.1
+        masks, rescale = RandomMasks(name, self._prune_seeds, self.mask), self.prune == "dare"
+        return drop_at_random(delta, 1 - self.drop_rate, masks, number, rescale=rescale)
+
+    @cached_property
+    def _prune_seeds(self) -> list[int]:
+        """Not those of the method's own drops, which would keep all that is left or nothing."""
+        return [source.mask_seed(self.seed ^ 1 << 63) for source in self.sources]
 
     @cached_property
     def _seeds(self) -> list[int]:
@@ -198,23 +236,32 @@ class Combination(DeltaSource):
     def _common(self) -> list[str]:
         return [name for name in self._names if not self.is_new(name)]
 
-    @property
-    def _cutoffs(self) -> list[list[Threshold]]:
+    @cached_property
+    def _norms(self) -> list[float]:
+        assert self.statistics is not None
+        return [
+            math.sqrt(sum(float(own[name].double().square().sum()) for name in own))
+            for own in self.statistics
+        ]
+
+    def _cutoffs(self, base: BaseReader | None) -> list[list[Threshold]]:
         """For each source the thresholds that keep its largest entries of the whole model."""
         with self._lock:
             if not hasattr(self, "_found_cutoffs"):
-                self._found_cutoffs = [self._cutoffs_of(i) for i in range(len(self.sources))]
+                default = self.method.options.get("density")
+                shares = densities(self.options.get("density", default), len(self.sources))
+                self._found_cutoffs = [
+                    self._cutoffs_of(number, share, base) for number, share in enumerate(shares)
+                ]
             return self._found_cutoffs
 
-    def _cutoffs_of(self, number: int) -> list[Threshold]:
-        source, density = self.sources[number], self.options.get("density", 1.0)
-        share = density[number] if isinstance(density, (list, tuple)) else density
-        deltas = []
+    def _cutoffs_of(self, number: int, share: float, base: BaseReader | None) -> list[Threshold]:
+        source, deltas = self.sources[number], []
         for name in self._common:
-            delta = _of(source, name, self.base)
+            delta = _of(source, name, base)
             if not isinstance(delta, Delta):
                 delta = NoChange(self._shape(name))
-            deltas.append(delta)
+            deltas.append(self._pruned(name, number, delta))
         total = sum(math.prod(delta.shape) for delta in deltas)
         return largest(deltas, int(share * max(total, source.base_parameter_count)))
 
@@ -254,9 +301,14 @@ class _WholeParameter(Delta):
             self._values = None
 
     def _compute(self) -> torch.Tensor:
-        base = self._base(self._name).to(torch.float32).reshape(self.shape)
+        base = self._base(self._name).to(torch.float32)
+        if tuple(base.shape) != self.shape:
+            raise ArchitectureMismatchError(
+                f"{self._name} of the base has the shape {list(base.shape)}, the adapters change "
+                f"one of {list(self.shape)}"
+            )
         merged = self.merged(base)
-        return merged.sub_(base).reshape(-1)
+        return merged.sub(base).reshape(-1)  # merged may share the base's memory
 
     def merged(self, base: torch.Tensor) -> torch.Tensor:
         """The merged parameter, float32 of the parameter's shape; its own memory."""
@@ -277,7 +329,11 @@ class _WholeParameter(Delta):
 def _of(source: DeltaSource, name: str, base: BaseReader | None) -> Delta | NewParameter | None:
     if name not in source:
         return None
-    return source.parameter(name, base) if isinstance(source, Combination) else source[name]
+    return source[name] if base is None else source.parameter(name, base)
+
+
+def _own_name(source: DeltaSource, name: str) -> str:
+    return source.names.get(name, name) if isinstance(source, Renamed) else name
 
 
 def _added_rows(deltas: Sequence[Delta]) -> torch.Tensor | None:
@@ -301,7 +357,8 @@ def _check_prune(prune: str | None, drop_rate: float | None) -> None:
         return
     if prune not in PRUNE_METHODS:
         raise CombinationError(f"prune is {prune!r}; there are {', '.join(PRUNE_METHODS)}")
-    if isinstance(drop_rate, bool) or not 0 <= drop_rate < 1:
+    known = isinstance(drop_rate, (int, float)) and not isinstance(drop_rate, bool)
+    if not known or not 0 <= drop_rate < 1:
         raise CombinationError(f"drop_rate is {drop_rate!r}; it must be at least 0 and below 1")
 
 
@@ -311,11 +368,11 @@ def _check_same_base(sources: Sequence[DeltaSource]) -> None:
     Raises:
         BaseMismatchError: naming two sources and the parameters that differ.
     """
-    first = sources[0]
-    for other in sources[1:]:
+    for first, other in combinations(sources, 2):
         shared = first.witness.keys() & other.witness.keys()
         wrong = sorted(name for name in shared if first.witness[name] != other.witness[name])
-        apart = first.witness and other.witness and not shared
+        renamed = isinstance(first, Renamed) or isinstance(other, Renamed)
+        apart = first.witness and other.witness and not shared and not renamed
         if wrong or apart:
             listed = ", ".join(wrong[:6]) if wrong else "no parameter in common"
             raise BaseMismatchError(

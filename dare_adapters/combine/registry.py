@@ -11,8 +11,10 @@ A method is a function; its signature is its configuration and its docstring its
 The first kind works on deltas, lazily; the second on whole float32 parameters. Keyword arguments
 of these names are not options but given by the caller:
 
+    name        the parameter's checkpoint name
     base        float32 tensor of the base's parameter (parameter methods)
     statistics  one tensor or None for each parameter (parameter methods); see `Method.statistics`
+    norms       root of the sum of squares of each adapter's statistics, over the whole model
     masks       :class:`RandomMasks`, for every random choice (delta methods)
     cutoffs     one :class:`Threshold` for each delta, of the whole model, or None (delta methods)
 
@@ -34,7 +36,8 @@ from dare_adapters.errors import CombinationError
 __all__ = ["Method", "delta_method", "get_method", "method_names", "parameter_method"]
 
 ENTRY_POINTS = "dare_adapters.methods"
-GIVEN = ("base", "statistics", "masks", "cutoffs")
+GIVEN = ("name", "base", "statistics", "norms", "masks", "cutoffs")
+_GIVEN_TO = {False: ("name", "masks", "cutoffs"), True: ("name", "base", "statistics", "norms")}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -116,6 +119,7 @@ def get_method(name: str) -> Method:
     if name not in _methods:
         raise CombinationError(
             f"combination_type is {name!r}; there are {', '.join(sorted(_methods))}"
+            + "".join(f". {failure}" for failure in _load_all())
         )
     return _methods[name]
 
@@ -138,6 +142,9 @@ def _registering(
         for parameter in list(inspect.signature(function).parameters.values())[2:]:
             if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                 raise TypeError(f"{names[0]}: {parameter.name} must be a keyword-only argument")
+            if parameter.name in GIVEN and parameter.name not in _GIVEN_TO[on_parameters]:
+                kind = "parameters" if on_parameters else "deltas"
+                raise TypeError(f"{names[0]}: a method on {kind} is not given {parameter.name}")
             if parameter.name in GIVEN:
                 given.add(parameter.name)
             else:
@@ -155,16 +162,22 @@ def _registering(
 
 
 @lru_cache(maxsize=1)
-def _load_all() -> None:
-    """Import what registers: the methods of this package, then those of others."""
-    from dare_adapters import combine
+def _load_all() -> tuple[str, ...]:
+    """Import what registers: the methods of this package, then those of others.
 
-    combine.load_methods()
+    Returns:
+        What is wrong with others; it spoils their own methods only.
+    """
+    from dare_adapters.combine import load_methods
+
+    load_methods()
+    failures = []
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
         except Exception as error:
-            raise CombinationError(
-                f"the package {entry.dist.name if entry.dist else '?'} offers methods in "
-                f"{entry.value}, which cannot be imported: {error}"
-            ) from error
+            package = entry.dist.name if entry.dist else "a package"
+            failures.append(
+                f"{package} offers methods in {entry.value}, which cannot be imported: {error}"
+            )
+    return tuple(failures)

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from dare_adapters.delta import Delta
+from dare_adapters.delta import Delta, NoChange, SparseDelta
 
 __all__ = ["Threshold", "largest"]
 
 _SAMPLE = 1 << 15
 # Standard deviations of a sampled quantile that the bracket around it spans.
 _MARGIN = 5.0
+# How much further it reaches each time that it turns out not to hold the threshold.
+_WIDEN = 4.0
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,27 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
     Args:
         deltas: one, or all of a model in an order that is always the same.
     """
-    stored = sum(_stored(delta) for delta in deltas)
-    if keep >= stored:
+    if keep >= sum(_at_most(delta) for delta in deltas):
         return [EVERYTHING] * len(deltas)
     if keep <= 0:
         return [NOTHING] * len(deltas)
-    low, high = _bracket(deltas, keep / stored)
+    about = max(1, sum(delta.rows * delta.entries_per_row for delta in deltas))
+    sample, share = _sample(deltas, about), min(1.0, keep / about)
+    slack = _MARGIN * math.sqrt(max(share * (1 - share), 1e-4) / max(len(sample), 1))
+    low, high = _quantile(sample, 1 - share - slack), _quantile(sample, 1 - share + slack)
     while True:
         above, inside = _count(deltas, low, high)
-        contested = torch.cat(inside) if inside else torch.zeros(0)
-        if above >= keep and high < math.inf:
-            low, high = high, math.inf
-        elif above + len(contested) < keep and low > 0:
-            low, high = 0.0, low
-        else:
+        held = sum(len(part) for part in inside)
+        slack *= _WIDEN
+        if above >= keep:  # the sample misled
+            low, high = high, _quantile(sample, 1 - share + slack)
+        elif above + held >= keep:
             break
-    wanted = keep - above
-    if wanted > len(contested):  # fewer than `keep` entries are stored at all
-        return [EVERYTHING] * len(deltas)
+        elif low > 0:
+            low, high = _quantile(sample, 1 - share - slack), low
+        else:  # fewer than `keep` entries are stored at all
+            return [EVERYTHING] * len(deltas)
+    contested, wanted = torch.cat(inside), keep - above
     value = float(contested.kthvalue(len(contested) - wanted + 1).values)
     spare = wanted - int((contested > value).sum())
     if spare == int((contested == value).sum()):
@@ -93,8 +98,13 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
     return _cut_between_equals(deltas, value, spare)
 
 
-def _stored(delta: Delta) -> int:
-    return min(delta.rows * delta.columns, delta.rows * delta.entries_per_row + delta.rows)
+def _at_most(delta: Delta) -> int:
+    """A bound of how many entries are stored; `entries_per_row` is none."""
+    if isinstance(delta, NoChange):
+        return 0
+    if isinstance(delta, SparseDelta):
+        return delta.support.slot_count
+    return delta.rows * delta.columns
 
 
 def _magnitudes(delta: Delta) -> Iterator[tuple[int, torch.Tensor | None, torch.Tensor]]:
@@ -117,37 +127,33 @@ def _once(index: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
     return index[keep], values[keep]
 
 
-def _bracket(deltas: Sequence[Delta], share: float) -> tuple[float, float]:
-    """Magnitudes between which the threshold almost surely lies, from a sample."""
-    found = []
+def _sample(deltas: Sequence[Delta], stored: int) -> torch.Tensor:
+    """Magnitudes of one entry in so many of every delta, sorted."""
+    found = [torch.zeros(0)]
     for delta in deltas:
         ranges = list(delta.row_ranges())
         some = ranges[:: max(1, len(ranges) // 4)]
-        each = max(64, _SAMPLE // (len(some) * len(deltas)))
-        for start, stop in some:
-            values = delta.read(start, stop)[1]
-            found.append(values[:: max(1, len(values) // each)].abs())
-    sample = torch.cat(found).sort().values if found else torch.zeros(0)
-    count = len(sample)
-    if not count:
-        return 0.0, math.inf
-    slack = _MARGIN * math.sqrt(max(share * (1 - share), 1 / count) / count)
-    low, high = 1 - share - slack, 1 - share + slack
-    return (
-        float(sample[int(low * count)]) if low > 0 else 0.0,
-        float(sample[min(int(high * count) + 1, count - 1)]) if high < 1 else math.inf,
-    )
+        step = max(1, stored * len(some) // (_SAMPLE * max(len(ranges), 1)))
+        found += [delta.read(start, stop)[1][::step].abs() for start, stop in some]
+    return torch.cat(found).sort().values
+
+
+def _quantile(sample: torch.Tensor, share: float) -> float:
+    """The magnitude below which about a share of a sorted sample lies."""
+    if share <= 0:
+        return 0.0
+    place = math.ceil(share * len(sample))
+    return float(sample[place]) if place < len(sample) else math.inf
 
 
 def _count(deltas: Sequence[Delta], low: float, high: float) -> tuple[int, list[torch.Tensor]]:
     """How many magnitudes are above `high`, and those from `low` to `high`."""
     above, inside = 0, []
     for delta in deltas:
-        for _, _, magnitudes in _magnitudes(delta):
-            reach = magnitudes[magnitudes >= low]
-            over = reach > high
-            above += int(over.sum())
-            inside.append(reach[~over])
+        for start, stop in delta.row_ranges():
+            more, reach = delta.between(low, high, start, stop)
+            above += more
+            inside.append(reach)
     return above, inside
 
 

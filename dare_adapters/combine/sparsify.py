@@ -9,12 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError
-from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, block_size
+from dare_adapters.mask import (
+    BernoulliSupport,
+    BlockedSupport,
+    Support,
+    block_size,
+    parameter_key,
+    philox_words,
+)
 
 __all__ = [
     "RandomMasks",
@@ -54,6 +62,21 @@ class RandomMasks:
         if block is not None and self.kind != "bernoulli":
             return BlockedSupport(seed, self.name, delta.rows, delta.columns, block)
         return BernoulliSupport(seed, self.name, delta.rows, delta.columns, 1 - density)
+
+    def lanes(self, number: int, delta: Delta, start: int, stop: int) -> np.ndarray:
+        """32 random bits for each entry of rows start … stop - 1 of delta `number`.
+
+        Those of :class:`BernoulliSupport`, which keeps an entry whose lane is below
+        density * 2**32.
+
+        Returns:
+            uint32 (stop - start, columns).
+        """
+        count, stride = stop - start, -(-delta.columns // 8)
+        key = parameter_key(self.name)
+        words = philox_words(self.seeds[number], key, start * stride, count * stride)
+        lanes: np.ndarray = words.view("<u4").reshape(count, stride * 8)[:, : delta.columns]
+        return lanes
 
 
 def per_delta(value: Value | Sequence[Value], count: int, what: str) -> list[Value]:
@@ -104,6 +127,10 @@ class Sparsified(Delta):
         place = keep.nonzero().squeeze(1)
         return (place if index is None else index[place]), values[place]
 
+    @property
+    def row_cost(self) -> int:
+        return self.delta.row_cost
+
     def release(self) -> None:
         self.delta.release()
 
@@ -130,6 +157,12 @@ class _KeptLargest(Sparsified):
     ) -> torch.Tensor:
         return self.threshold.keeps(values.abs(), index, start * self.columns)
 
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        limit = self.threshold
+        if limit.value < 0:
+            return self.delta.read(start, stop)
+        return self.delta.read_above(limit.value, limit.last - start * self.columns, start, stop)
+
 
 def keep_largest(
     delta: Delta, density: float, *, least: int = 0, cutoff: Threshold | None = None
@@ -144,7 +177,9 @@ def keep_largest(
     """
     if density >= 1:
         return delta
-    keep = max(least, int(density * delta.rows * delta.columns))
+    if density <= 0:
+        return NoChange(delta.shape)
+    keep = max(least, int(density * (delta.rows * delta.columns)))
 
     def find() -> Threshold:
         return largest([delta], keep)[0] if cutoff is None else cutoff
@@ -163,6 +198,10 @@ class _DroppedAtRandom(Sparsified):
         return max(1, math.ceil(self.delta.entries_per_row * self.density))
 
     @property
+    def row_cost(self) -> int:
+        return self.entries_per_row if self._whole else self.delta.row_cost
+
+    @property
     def support_key(self) -> object | None:
         return self.support.key if self._whole else None
 
@@ -174,12 +213,9 @@ class _DroppedAtRandom(Sparsified):
         return self.support.contains(index, start, stop)
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if not self._whole:
-            index, values = super().read(start, stop)
-        else:  # of what is dropped nothing is read
-            slots = self.support.slots(start, stop)
-            index = slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)
-            values = self.delta.at(index, start, stop)
+        if self._whole:  # of what is dropped nothing is read
+            return self.delta.read_support(self.support, self.factor, start, stop)
+        index, values = super().read(start, stop)
         return index, values if self.factor == 1.0 else values.mul_(self.factor)
 
 
@@ -195,7 +231,7 @@ def drop_at_random(
     """
     if density >= 1:
         return delta
-    if density <= 0:
+    if 1 - density >= 1:  # nothing, or next to it
         return NoChange(delta.shape)
     support = masks.support(number, delta, density)
     return _DroppedAtRandom(delta, support, density, 1 / density if rescale else 1.0)
@@ -213,6 +249,10 @@ class _RescaledToL1(Delta):
     @property
     def entries_per_row(self) -> int:
         return self.pruned.entries_per_row
+
+    @property
+    def row_cost(self) -> int:
+        return self.pruned.row_cost
 
     @property
     def support_key(self) -> object | None:
@@ -240,10 +280,4 @@ def rescaled_to_l1(pruned: Delta, delta: Delta) -> Delta:
 
 
 def _l1(delta: Delta) -> float:
-    total = 0.0
-    for start, stop in delta.row_ranges():
-        index, values = delta.read(start, stop)
-        if index is not None and len(index) > 1:
-            values = values[torch.cat([torch.ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
-        total += float(values.abs_().sum(dtype=torch.float64))
-    return total
+    return sum(delta.l1(start, stop) for start, stop in delta.row_ranges())

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.registry import delta_method
 from dare_adapters.combine.select import Threshold
-from dare_adapters.combine.sparsify import densities, keep_largest
+from dare_adapters.combine.sparsify import densities, keep_largest, rescaled_to_l1
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta
 
 __all__ = ["ties"]
 
 TRIM_SCOPES = ("parameter", "model")
+RESCALES = ("none", "l1")
 
 
 @delta_method("ties")
@@ -26,6 +27,8 @@ def ties(
     vote: str = "unweighted",
     divisor: str = "count",
     trim_scope: str = "parameter",
+    least: int = 0,
+    rescale: str = "none",
     lambda_: float = 1.0,
     cutoffs: Sequence[Threshold] | None = None,
 ) -> Delta:
@@ -45,16 +48,20 @@ def ties(
         vote: "unweighted" or "weighted" deltas vote.
         divisor: "count" of those that agree, their "weights", or "none".
         trim_scope: the largest of the "parameter" or of the whole "model".
+        least: how many entries stay however low the density (mergekit: 1).
+        rescale: "none", or to the "l1" norm that the delta had (mergekit, if asked).
         lambda_: factor of the result.
         cutoffs: thresholds of the whole model, where `trim_scope` is "model".
     """
     one_of(trim_scope, TRIM_SCOPES, "trim_scope")
-    trimmed = [
-        keep_largest(delta, share, cutoff=None if cutoffs is None else cutoffs[number])
-        for number, (delta, share) in enumerate(
-            zip(deltas, densities(density, len(deltas)), strict=True)
-        )
-    ]
+    one_of(rescale, RESCALES, "rescale")
+    trimmed = []
+    for number, (delta, share) in enumerate(
+        zip(deltas, densities(density, len(deltas)), strict=True)
+    ):
+        cutoff = None if cutoffs is None else cutoffs[number]
+        kept = keep_largest(delta, share, least=least, cutoff=cutoff)
+        trimmed.append(rescaled_to_l1(kept, delta) if rescale == "l1" else kept)
     merge = disjoint_merge(
         weights,
         majority_sign_method=majority_sign_method,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dare_adapters import compiled
 from dare_adapters.delta import Delta
 
 __all__ = ["Elementwise", "read_union"]
@@ -35,6 +36,9 @@ def read_union(
             else:
                 row[index] = values
         return None, dense
+    if compiled.available():
+        lists = [index for index, _ in parts if index is not None]
+        return compiled.union(lists, [values.contiguous() for _, values in parts])
     touched = torch.zeros(size, dtype=torch.bool)
     for index in sparse:
         touched[index] = True
@@ -70,6 +74,10 @@ class Elementwise(Delta):
     @property
     def entries_per_row(self) -> int:
         return min(self.columns, sum(delta.entries_per_row for delta in self.deltas))
+
+    @property
+    def row_cost(self) -> int:
+        return sum(delta.row_cost for delta in self.deltas)
 
     @property
     def support_key(self) -> object | None:

@@ -1,0 +1,133 @@
+"""`dare_adapters.combine`: adapter directories to an adapter, or to a mix of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dare_adapters.adapter import Adapter
+from dare_adapters.checkpoint import open_checkpoint
+from dare_adapters.combine.align import align_names
+from dare_adapters.combine.combination import Combination, Statistics
+from dare_adapters.combine.mix import Mix, write_mix
+from dare_adapters.combine.registry import get_method
+from dare_adapters.errors import CombinationError
+from dare_adapters.open_source import open_source
+from dare_adapters.source import BaseReader, DeltaSource
+from dare_adapters.store import save_source
+
+__all__ = ["combine"]
+
+
+def combine(
+    adapters: Sequence[str | Path | DeltaSource],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    combination_type: str = "linear",
+    as_mix: bool = False,
+    base: str | Path | None = None,
+    bits: int | None = None,
+    seed: int = 0,
+    mask: str = "auto",
+    prune: str | None = None,
+    drop_rate: float | None = None,
+    statistics: Sequence[Statistics] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Adapter | Mix:
+    """Make one adapter of several over the same base.
+
+    Args:
+        adapters: directories or hub ids of DARE or LoRA adapters, or opened ones.
+        out: directory to write.
+        weights: one for each; default: 1.
+        combination_type: "linear", "ties", "dare_ties", …: `dare_adapters.method_names()`.
+        as_mix: write only the recipe, a few hundred bytes; it is computed when it is loaded.
+        base: directory or hub id of the base, for methods that work on whole parameters; default:
+            the one that the first adapter names.
+        bits: for each entry that is stored; default: those of the finest adapter.
+        seed: of random choices; with it the same adapters give the same result in any order.
+        mask: "auto", "blocked" or "bernoulli": how entries are dropped at random.
+        prune: "dare", "drop_only" or "magnitude", done to every delta before the method.
+        drop_rate: of that.
+        statistics: for "fisher" and "regmean", one mapping for each adapter; default: those that
+            lie in its directory.
+        revision: hub revision of `base`.
+        token: for hub ids.
+        workers: threads; they never change the result.
+        overwrite: replace `out` if it exists.
+        progress: show a bar.
+        **options: of the combination type: `density`, `majority_sign_method`, ….
+
+    Returns:
+        What was written, opened.
+
+    Raises:
+        CombinationError: an unknown method or option, a value out of range, no base.
+        BaseMismatchError: the adapters are of different bases.
+        AdapterNotFoundError, AdapterFormatError, AdapterExistsError, DareError: as they say.
+    """
+    if not adapters:
+        raise CombinationError("there is no adapter in an empty list")
+    weights = [1.0] * len(adapters) if weights is None else [_number(w) for w in weights]
+    method = get_method(combination_type)
+    method.check(options, len(adapters))
+    sources = [
+        item if isinstance(item, DeltaSource) else open_source(item, token=token)
+        for item in adapters
+    ]
+    if method.statistics and statistics is None:
+        statistics = [_own_statistics(source, method.statistics) for source in sources]
+    combination = Combination(
+        align_names(sources),
+        weights,
+        combination_type,
+        options,
+        seed=seed,
+        mask=mask,
+        prune=prune,
+        drop_rate=drop_rate,
+        statistics=statistics,
+    )
+    if as_mix:
+        return write_mix(combination, sources, out, overwrite=overwrite)
+    reader: BaseReader | None = None
+    if method.on_parameters:
+        where = base if base is not None else combination.base_model_name_or_path
+        if where is None:
+            raise CombinationError(
+                f"{combination_type} works on whole parameters, and no adapter says what its base "
+                "is: pass base="
+            )
+        reader = open_checkpoint(where, revision or combination.revision, token).__getitem__
+    description = {"combination": combination.describe()}
+    return save_source(
+        combination,
+        out,
+        base=reader,
+        bits=bits,
+        description=description,
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _number(weight: float) -> float:
+    if isinstance(weight, bool) or not abs(float(weight)) < float("inf"):
+        raise CombinationError(f"a weight is {weight!r}; it must be a finite number")
+    return float(weight)
+
+
+def _own_statistics(source: DeltaSource, kind: str) -> Statistics:
+    from dare_adapters.statistics import open_statistics
+
+    if not isinstance(source, Adapter):
+        raise CombinationError(f"{source.label} has no {kind} statistics; pass statistics=")
+    return open_statistics(source, kind)
