@@ -410,6 +410,58 @@ EXPORT void dare_add_at(int dtype, void *target, const int64_t *index, const flo
     else ADD_AT(uint16_t, from_half, to_half);
 }
 
+/* dense[index] += values * weight; a position that comes twice, one after the other, counts once. */
+EXPORT void dare_accumulate(float *dense, const int64_t *index, const float *values, float weight,
+                            int64_t count) {
+    int64_t before = -1;
+    for (int64_t j = 0; j < count; j++) {
+        if (index[j] != before) dense[index[j]] += values[j] * weight;
+        before = index[j];
+    }
+}
+
+/* sum = base + change, rounded once; base and sum may be one. */
+VECTORS EXPORT void dare_add(int dtype, const void *base, const float *change, int64_t count,
+                             void *sum) {
+    if (dtype == FLOAT32) {
+        for (int64_t j = 0; j < count; j++)
+            ((float *)sum)[j] = change[j] + ((const float *)base)[j];
+    } else if (dtype == BFLOAT16) {
+        for (int64_t j = 0; j < count; j++)
+            ((uint16_t *)sum)[j] =
+                to_bfloat16(change[j] + from_bfloat16(((const uint16_t *)base)[j]));
+    } else {
+        for (int64_t j = 0; j < count; j++)
+            ((uint16_t *)sum)[j] = to_half(change[j] + from_half(((const uint16_t *)base)[j]));
+    }
+}
+
+/* Entries of rows start … stop - 1 whose 32-bit lane is below `threshold`, and the differences
+ * there times `factor`; their number. `index` and `values` have room for all and one more. */
+EXPORT int64_t dare_bernoulli(uint64_t seed, uint64_t key, int64_t columns, uint64_t threshold,
+                              int64_t start, int64_t stop, int base_dtype, const void *base,
+                              int finetuned_dtype, const void *finetuned, float factor,
+                              int64_t *index, float *values) {
+    int64_t kept = 0, stride = (columns + 7) / 8;
+    for (int64_t row = start; row < stop; row++) {
+        int64_t first = kept, top = (row - start) * columns;
+        for (int64_t t = 0; t < stride; t++) {
+            uint64_t words[4];
+            philox(seed, key, (uint64_t)(row * stride + t), words);
+            int64_t left = columns - 8 * t < 8 ? columns - 8 * t : 8;
+            for (int64_t lane = 0; lane < left; lane++) {
+                index[kept] = top + 8 * t + lane;
+                kept += ((words[lane >> 1] >> (32 * (lane & 1))) & 0xFFFFFFFFu) < threshold;
+            }
+        }
+        int64_t from = start * columns;
+        for (int64_t j = first; j < kept; j++)
+            values[j] = (read_float(finetuned, from + index[j], finetuned_dtype) -
+                         read_float(base, from + index[j], base_dtype)) * factor;
+    }
+    return kept;
+}
+
 enum { COUNT, WEIGHTS, NONE };
 
 /* The disjoint merge of combine/consensus.py: values (lists, room), of which `count` columns are

@@ -27,7 +27,7 @@ from dare_adapters.source import WHOLE, DeltaSource
 from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tensor_file import file_sha256
 
-__all__ = ["Adapter", "resolve_adapter"]
+__all__ = ["Adapter", "download_adapter", "resolve_adapter"]
 
 
 class Adapter(DeltaSource):
@@ -274,13 +274,24 @@ def resolve_adapter(
         return path
     if path.exists():
         raise AdapterNotFoundError(f"{source} is a file; an adapter is a directory")
+    return download_adapter(str(source), revision, token)
+
+
+def download_adapter(
+    repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The local directory of an adapter of the hub, whatever is at that path on this machine.
+
+    Raises:
+        AdapterNotFoundError: it is not on the hub.
+    """
     from huggingface_hub import snapshot_download
 
     # Of a repository that is a whole model by mistake, not its weights.
     wanted = [WEIGHTS_NAME, "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
     try:
         found = snapshot_download(
-            str(source),
+            repo_id,
             revision=revision,
             token=token,
             allow_patterns=wanted,
@@ -288,7 +299,7 @@ def resolve_adapter(
         )
     except Exception as error:  # of the hub's client, its HTTP library, or the disk
         raise AdapterNotFoundError(
-            f"{str(source)!r} is neither a directory nor an adapter that the hub can give: {error}"
+            f"{repo_id!r} is neither a directory nor an adapter that the hub can give: {error}"
         ) from error
     return Path(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import BinaryIO
 import torch
 from tqdm.auto import tqdm
 
-from dare_adapters import compiled
 from dare_adapters.checkpoint import SAFETENSORS
-from dare_adapters.delta import Delta, WeightedDelta, sum_rows
+from dare_adapters.delta import Delta, WeightedDelta, add_rows
 from dare_adapters.parallel import ordered_map
 from dare_adapters.tensor_file import DTYPE_NAMES
 
@@ -34,12 +33,14 @@ class OutputTensor:
     Attributes:
         name, dtype, shape: of it.
         parts: makes its values, one run of entries after the other, each in `dtype`.
+        prepare: what can be done for it while the tensor before it is made.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: Parts
+    prepare: Sequence[Callable[[], object]] = ()
 
     @property
     def nbytes(self) -> int:
@@ -80,15 +81,9 @@ def sum_parts(
 
         def make(rows: tuple[int, int]) -> torch.Tensor:
             part = flat[rows[0] * width : rows[1] * width]
-            index, change = sum_rows(deltas, *rows)
-            if index is None:
-                return change.add_(part.to(torch.float32)).to(wanted)
-            made = part.to(wanted, copy=True)
-            if wanted == base.dtype and compiled.can_use(made):
-                compiled.add_at(made, index, change, keep=False)
-                return made
-            made[index] = change.add_(part[index].to(torch.float32)).to(wanted)
-            return made
+            if wanted == base.dtype:
+                return add_rows(part, deltas, *rows)
+            return add_rows(part.to(torch.float32), deltas, *rows).to(wanted)
 
         yield from ordered_map(pool, make, _ranges(first), AHEAD)
         for weighted in deltas:
@@ -159,7 +154,12 @@ def _write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in order:
+    ahead: list[Future[object]] = []
+    for number, tensor in enumerate(order):
+        for future in ahead:
+            future.result()
+        following = order[number + 1].prepare if number + 1 < len(order) else ()
+        ahead = [pool.submit(one) for one in following]
         end = file.tell() + tensor.nbytes
         for part in tensor.parts(pool):
             assert part.dtype == tensor.dtype

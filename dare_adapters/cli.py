@@ -223,7 +223,8 @@ def export(
         _say(f"[bold]{escape(str(output))}[/]: written; AutoModel….from_pretrained loads it")
 
 
-app.command()(combine)
+# So that a negative weight is no option.
+app.command(context_settings={"ignore_unknown_options": True})(combine)
 app.command()(merge)
 app.command()(methods)
 app.command()(stats)

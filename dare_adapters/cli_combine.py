@@ -45,7 +45,7 @@ def combine(  # noqa: PLR0917 (typer reads options from the signature)
     ],
     weights: Annotated[
         list[float] | None,
-        typer.Option("--weights", "-w", help="One for each: -w 1.0 -w 0.5 (default: 1)."),
+        typer.Option("--weights", "-w", help="One for each: --weights 1.0 0.5 (default: 1)."),
     ] = None,
     combination_type: Annotated[
         str, typer.Option(help="linear, ties, dare_ties, …; see `methods`.")
@@ -75,12 +75,18 @@ def combine(  # noqa: PLR0917 (typer reads options from the signature)
 ) -> None:
     """Make one adapter of several over the same base.
 
-    dare-adapters combine math chat -w 1.0 -w 0.5 --combination-type ties --density 0.2 mixed
+    dare-adapters combine math chat --weights 1.0 0.5 --combination-type ties --density 0.2 mixed
     """
     # cli imports this module to register the commands.
     from dare_adapters.cli import _plain_errors, _print_json, _say
     from dare_adapters.combine.api import combine as combine_adapters
 
+    if weights:  # those after the first look like arguments to the parser
+        weights += [float(item) for item in paths if _is_weight(item)]
+        paths = [item for item in paths if not _is_weight(item)]
+    unknown = [item for item in paths if item.startswith("-")]
+    if unknown:
+        raise typer.BadParameter(f"no such option: {unknown[0]}")
     if len(paths) < 2:
         raise typer.BadParameter("at least one adapter and OUT are needed")
     *adapters, out = paths
@@ -175,6 +181,14 @@ def merge(
         _print_json({kind: str(out)})
     else:
         _say(f"[bold]{escape(str(out))}[/]: the merged {kind}")
+
+
+def _is_weight(item: str) -> bool:
+    try:
+        float(item)
+    except ValueError:
+        return False
+    return not Path(item).exists()
 
 
 def _options(items: list[str]) -> dict[str, Any]:

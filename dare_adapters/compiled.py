@@ -19,9 +19,12 @@ __all__ = [
     "Where",
     "above",
     "abs_sum",
+    "accumulate",
+    "add",
     "add_at",
     "apply_rows",
     "available",
+    "bernoulli_survivors",
     "between",
     "can_read",
     "can_use",
@@ -72,6 +75,14 @@ def _declare(library: Any) -> Any:
     library.dare_elect.argtypes = [
         size, place, size, size, place, number, number, number, ctypes.c_float, place,
     ]  # fmt: skip
+    library.dare_accumulate.argtypes = [place, place, place, ctypes.c_float, size]
+    library.dare_add.argtypes = [number, place, place, size, place]
+    library.dare_accumulate.restype = library.dare_add.restype = None
+    library.dare_bernoulli.argtypes = [
+        word, word, size, word, size, size, number, place, number, place, ctypes.c_float,
+        place, place,
+    ]  # fmt: skip
+    library.dare_bernoulli.restype = size
     library.dare_add_at.argtypes = [number, place, place, place, size, place]
     for name in ("positions", "survivors", "apply", "restore"):
         getattr(library, f"dare_{name}").restype = None
@@ -258,6 +269,50 @@ def add_at(
         None if originals is None else originals.data_ptr(),
     )  # fmt: skip
     return originals
+
+
+def accumulate(
+    dense: torch.Tensor, index: torch.Tensor, values: torch.Tensor, weight: float
+) -> None:
+    """dense[index] += values * weight, float32; a repeated position counts once."""
+    _library().dare_accumulate(
+        dense.data_ptr(), index.data_ptr(), values.data_ptr(), weight, len(index)
+    )
+
+
+def add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """base + change (float32) in float32, rounded once to the dtype of `base` (flat)."""
+    total = torch.empty_like(base)
+    _library().dare_add(
+        _DTYPES[base.dtype], base.data_ptr(), change.data_ptr(), len(base), total.data_ptr()
+    )
+    return total
+
+
+def bernoulli_survivors(
+    seed: int,
+    key: int,
+    columns: int,
+    threshold: int,
+    base: torch.Tensor,
+    finetuned: torch.Tensor,
+    factor: float,
+    start: int,
+    stop: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of a Bernoulli support and `factor` times fine-tune minus base there.
+
+    Args:
+        base, finetuned: as for :func:`survivors`.
+    """
+    room = (stop - start) * columns + 1
+    index, values = torch.empty(room, dtype=torch.int64), torch.empty(room)
+    count = _library().dare_bernoulli(
+        seed, key, columns, threshold, start, stop, _DTYPES[base.dtype], base.data_ptr(),
+        _DTYPES[finetuned.dtype], finetuned.data_ptr(), factor, index.data_ptr(),
+        values.data_ptr(),
+    )  # fmt: skip
+    return index[:count], values[:count]
 
 
 def elect(

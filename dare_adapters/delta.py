@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,9 @@ __all__ = [
     "NoChange",
     "SparseDelta",
     "WeightedDelta",
+    "add_rows",
     "apply_rows",
+    "flat_terms",
     "sum_rows",
 ]
 
@@ -136,6 +138,14 @@ class Delta(ABC):
     @property
     def support_key(self) -> object | None:
         """Equal for deltas that change the same positions in the same order; None: unknown."""
+        return None
+
+    def preparations(self) -> list[Callable[[], object]]:
+        """What finds out ahead of reading what it needs to know of the whole: thresholds, sums."""
+        return []
+
+    def terms(self) -> Sequence[WeightedDelta] | None:
+        """What this delta is the weighted sum of, added in this order; None: it is no sum."""
         return None
 
     def release(self) -> None:  # noqa: B027 (most deltas compute nothing that they keep)
@@ -414,6 +424,7 @@ def apply_rows(
             the one delta's :meth:`Delta.positions` say.
         originals: what was there, (m,) in the dtype of `target`.
     """
+    deltas = flat_terms(deltas)
     if len(deltas) == 1:
         kept = deltas[0].delta.apply_compiled(target, deltas[0].weight, start, stop)
         if kept is not None:
@@ -435,10 +446,12 @@ def sum_rows(
     deltas: Sequence[WeightedDelta], start: int, stop: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The weighted sum of deltas of one shape, rows start … stop - 1, as :meth:`Delta.read`."""
+    deltas = flat_terms(deltas)
     if len(deltas) == 1:
         return deltas[0].read(start, stop)
-    total = torch.zeros((stop - start) * deltas[0].delta.columns)
-    touched: torch.Tensor | None = torch.zeros(total.shape, dtype=torch.bool)
+    size = (stop - start) * deltas[0].delta.columns
+    total = torch.zeros(size)
+    touched: torch.Tensor | None = torch.zeros(size, dtype=torch.bool)
     for delta in deltas:
         index, values = delta.read(start, stop)
         if index is None:
@@ -452,3 +465,50 @@ def sum_rows(
         return None, total
     index = touched.nonzero().squeeze(1)
     return index, total[index]
+
+
+def add_rows(
+    base: torch.Tensor, deltas: Sequence[WeightedDelta], start: int, stop: int
+) -> torch.Tensor:
+    """Rows start … stop - 1 of base plus deltas, flat, rounded once to the dtype of `base`.
+
+    The same as :func:`apply_rows` on a copy.
+
+    Args:
+        base: those rows, (n * columns,).
+    """
+    deltas = flat_terms(deltas)
+    usable = compiled.can_use(base) and base.is_contiguous()
+    if len(deltas) > 1 and usable:
+        # What nobody changes has -0.0 added to it, which leaves every bit of it alone.
+        total = torch.full((len(base),), -0.0)
+        for weighted in deltas:
+            index, values = weighted.delta.read(start, stop)
+            if index is None:
+                total.add_(values.mul_(weighted.weight))
+            else:
+                compiled.accumulate(total, index, values, weighted.weight)
+        return compiled.add(base, total)
+    index, change = sum_rows(deltas, start, stop)
+    if index is None:
+        return change.add_(base.to(torch.float32)).to(base.dtype)
+    made = base.clone()
+    if usable:
+        compiled.add_at(made, index, change, keep=False)
+    else:
+        made[index] = change.add_(base[index].to(torch.float32)).to(base.dtype)
+    return made
+
+
+def flat_terms(deltas: Sequence[WeightedDelta]) -> list[WeightedDelta]:
+    """With every sum replaced by what it sums."""
+    found: list[WeightedDelta] = []
+    for weighted in deltas:
+        terms = weighted.delta.terms()
+        if terms is None:
+            found.append(weighted)
+        else:
+            found += flat_terms(
+                [WeightedDelta(term.delta, term.weight * weighted.weight) for term in terms]
+            )
+    return found

@@ -13,7 +13,14 @@ from dare_adapters import compiled
 from dare_adapters.checkpoint import Checkpoint, first_non_finite
 from dare_adapters.delta import Delta, NewParameter
 from dare_adapters.errors import CheckpointError
-from dare_adapters.mask import BlockedSupport, Slots, Support, parameter_key, philox_words
+from dare_adapters.mask import (
+    BernoulliSupport,
+    BlockedSupport,
+    Slots,
+    Support,
+    parameter_key,
+    philox_words,
+)
 from dare_adapters.pairing import Pairing
 from dare_adapters.source import DeltaSource
 from dare_adapters.witness import content_seed
@@ -86,6 +93,10 @@ class ParameterDifference(Delta):
     def read_support(
         self, support: Support, factor: float, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(support, BernoulliSupport) and self.compiled:
+            return compiled.bernoulli_survivors(
+                *support.where, self.base, self.finetuned, factor, start, stop
+            )
         if not (isinstance(support, BlockedSupport) and support.repeatable and self.compiled):
             return super().read_support(support, factor, start, stop)
         index, valid, values = compiled.survivors(

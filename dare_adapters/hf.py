@@ -100,7 +100,9 @@ def load_dare_adapter(
         for item in sources
     ]
     state = _state(self)
-    components = _components(self, opened, weights, combination_type, strict, options)
+    components = _components(
+        self, opened, weights, combination_type, options, strict=strict, check_base=check_base
+    )
     state.load(self, adapter_name, components, check_base=check_base, strict=strict)
     if activate:
         try:
@@ -194,8 +196,10 @@ def add_weighted_adapter(
             for source, own in state.get(name).components
         ]
     else:
-        sources = [state.get(name).source for name in adapters]
-        components = _components(self, sources, factors, combination_type, False, options)
+        sources = [state.source(self, name) for name in adapters]
+        components = _components(
+            self, sources, factors, combination_type, options, strict=False, check_base=True
+        )
     state.load(self, adapter_name, components, check_base=False, strict=False)
 
 
@@ -231,7 +235,7 @@ def save_dare_adapter(
                 f"({', '.join(state.loaded) or 'none'})"
             )
         adapter_name = next(iter(state.loaded))
-    source = state.get(adapter_name).source
+    source = state.source(self, adapter_name)
     if isinstance(source, Adapter):
         source.save(save_directory, overwrite=overwrite)
     else:
@@ -362,13 +366,16 @@ def _components(
     sources: Sequence[DeltaSource],
     weights: Sequence[float],
     combination_type: str,
-    strict: bool,
     options: dict[str, Any],
+    *,
+    strict: bool,
+    check_base: bool,
 ) -> list[tuple[DeltaSource, float]]:
     """Sources and weights as what is loaded under one name."""
     if combination_type == "linear" and not options:
         return list(zip(sources, weights, strict=True))
     how = {name: value for name, value in options.items() if name in _OF_ALL_METHODS}
+    how["check_base"] = check_base
     how["options"] = {name: v for name, v in options.items() if name not in _OF_ALL_METHODS}
     combined = _state(model).combine(model, sources, weights, combination_type, strict, **how)
     return [(combined, 1.0)]

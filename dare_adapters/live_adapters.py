@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,6 @@ class LoadedAdapter:
 
     components: tuple[tuple[DeltaSource, float], ...]
     places: tuple[dict[str, LiveParameter], ...]
-
-    @property
-    def source(self) -> DeltaSource:
-        """All of it as one source."""
-        if len(self.components) == 1 and self.components[0][1] == 1.0:
-            return self.components[0][0]
-        sources, weights = zip(*self.components, strict=True)
-        return Combination(sources, weights, check_base=False)
 
 
 @dataclass
@@ -115,11 +107,21 @@ class LiveAdapters:
             renamed: list[DeltaSource] = []
             for source in sources:
                 found: dict[str, str] = {}
-                for name, place in _place(model, source, strict).items():
-                    found.setdefault(names.setdefault(place.region(model), name), name)
-                same = all(new == own for new, own in found.items())
+                places = _place(model, source, strict)
+                for name in _changes_first(source, places):
+                    region = places[name].region(model)
+                    found.setdefault(names.setdefault(region, name), name)
+                same = found == {name: name for name in source}
                 renamed.append(source if same else Renamed(source, found))
             return Combination(renamed, weights, combination_type, **how)
+
+    def source(self, model: PreTrainedModel, name: str) -> DeltaSource:
+        """All of a loaded adapter as one source."""
+        components = self.get(name).components
+        if len(components) == 1 and components[0][1] == 1.0:
+            return components[0][0]
+        sources, weights = zip(*components, strict=True)
+        return self.combine(model, sources, weights, "linear", False, check_base=False)
 
     def base_reader(self, model: PreTrainedModel, name: str) -> BaseReader:
         """The live weights under the checkpoint names of a loaded adapter."""
@@ -206,7 +208,8 @@ class LiveAdapters:
             for (source, own_weight), places in zip(loaded.components, loaded.places, strict=True):
                 seen = set()
                 base = _base_reader(model, places)
-                for name, target in places.items():
+                for name in _changes_first(source, places):
+                    target = places[name]
                     region = target.region(model)
                     if region in seen:
                         _refuse_two_changes(source, name, target)
@@ -216,6 +219,11 @@ class LiveAdapters:
                     delta = source.parameter(name, base)
                     _contribute(change, delta, weight * own_weight)
         return list(changes.values())
+
+
+def _changes_first(source: DeltaSource, names: Iterable[str]) -> list[str]:
+    """Changes before new values: a new head that the model ties must not replace its embedding."""
+    return sorted(names, key=source.is_new)
 
 
 def _base_reader(model: PreTrainedModel, places: Mapping[str, LiveParameter]) -> BaseReader:

@@ -305,6 +305,11 @@ class BernoulliSupport(Support):
     def key(self) -> object:
         return "bernoulli", self.rows, self.columns, self._seed, self._key, self._threshold
 
+    @property
+    def where(self) -> tuple[int, int, int, int]:
+        """Seed, key, columns and threshold: what the compiled loop needs to know of it."""
+        return self._seed, self._key, self.columns, self._threshold
+
     def contains(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         kept: torch.Tensor = torch.from_numpy(self._kept(start, stop).reshape(-1))[index]
         return kept

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dare_adapters.checkpoint import Checkpoint, first_non_finite, open_checkpoint, read_json
+from dare_adapters.checkpoint import (
+    Checkpoint,
+    ParameterInfo,
+    first_non_finite,
+    open_checkpoint,
+    read_json,
+)
 from dare_adapters.checkpoint_writer import (
     OutputTensor,
     Parts,
@@ -33,6 +39,8 @@ from dare_adapters.merge_models import (
     is_adapter_directory,
     open_model,
 )
+from dare_adapters.merge_rows import AlignedDelta, AlignedTensor
+from dare_adapters.merge_vocabulary import Vocabulary, plan_vocabulary
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.parallel import worker_pool
 from dare_adapters.recipe import (
@@ -106,7 +114,9 @@ def merge(
     read = _with_bases(read)
     models = _open_models(read, token)
     plan = plan_merge(read, {name: Inventory(m.info, m.config) for name, m in models.items()})
-    run = _Run(plan, [models[reference] for reference in plan.models], seed, mask)
+    vocabulary = plan_vocabulary(read, plan, models, as_adapter=as_adapter, token=token)
+    aligned = vocabulary.tensors
+    run = _Run(plan, [models[reference] for reference in plan.models], seed, mask, aligned)
     target = Path(out)
     if as_adapter:
         base = _plain_base(read, models)
@@ -115,6 +125,7 @@ def merge(
             source, target, bits=bits, description={"recipe": read.text},
             workers=workers, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+        vocabulary.write(target)
         return target
     outputs = [run.output(tensor) for tensor in plan.tensors]
     total = sum(tensor.nbytes for tensor in outputs)
@@ -123,7 +134,7 @@ def merge(
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress)
         with bar, worker_pool(workers) as pool:
             write_checkpoint(directory, shards_of_size(outputs, max_shard_bytes), pool, bar)
-        _write_companions(directory, run.models[plan.donor], plan, read)
+        _write_companions(directory, run.models[plan.donor], plan, read, vocabulary)
     return target
 
 
@@ -172,37 +183,61 @@ def _open_models(recipe: Recipe, token: str | bool | None) -> dict[ModelReferenc
 class _Run:
     """What computes a plan's tensors."""
 
-    def __init__(self, plan: MergePlan, models: list[MergeModel], seed: int, mask: str) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        models: list[MergeModel],
+        seed: int,
+        mask: str,
+        aligned: Mapping[str, AlignedTensor],
+    ) -> None:
         self.plan, self.models, self.seed, self.mask = plan, models, seed, mask
+        self.aligned = aligned
         self._seeds: dict[int, int] = {}
+        self._ahead: dict[str, list[Callable[[], object]]] = {}
 
     def output(self, planned: PlannedTensor) -> OutputTensor:
         """One tensor to write."""
         shape, parts = self._made(planned)
         checked = _checked(planned.name, parts, lambda: self._release(planned))
-        return OutputTensor(planned.name, planned.out_dtype, shape, checked)
+        ahead = self._ahead.pop(planned.name, [])
+        return OutputTensor(planned.name, planned.out_dtype, shape, checked, ahead)
 
     def _made(self, planned: PlannedTensor) -> tuple[tuple[int, ...], Parts]:
-        if planned.passthrough_of is not None:
-            tensor = self._tensor(planned.passthrough_of)
+        aligned = self.aligned.get(planned.name)
+        place = planned.passthrough_of
+        if place is not None and aligned is not None:
+            own = place.model
+            return aligned.shape, _later(lambda: self._copied(planned, aligned.whole(own)))
+        if place is not None:
+            tensor = self.tensor(planned, place)
             if planned.method == IDENTICAL:
                 self._require_identical(planned, tensor)
             return tuple(tensor.shape), self._copied(planned, tensor)
         first = planned.base or planned.inputs[0]
-        shape = self.models[first.model].info[first.name].shape
+        shape = aligned.shape if aligned else self.models[first.model].info[first.name].shape
         if get_method(planned.method).on_parameters:
             return shape, self._of_parameters(planned)
         delta = self.delta(planned)
+        self._ahead[planned.name] = delta.preparations()
         if planned.base is None:
             return shape, _only(delta, planned.out_dtype)
-        base = self._tensor(planned.base)
-        return shape, sum_parts(base, [WeightedDelta(delta)], planned.out_dtype)
+        changes, dtype = [WeightedDelta(delta)], planned.out_dtype
+        if aligned is not None:
+            own = planned.base.model
+            return shape, _later(lambda: sum_parts(aligned.whole(own), changes, dtype))
+        return shape, sum_parts(self.tensor(planned, planned.base), changes, dtype)
 
     def delta(self, planned: PlannedTensor) -> Delta:
         """Of a method on deltas: from the base, or, where there is none, from zero."""
         method = get_method(planned.method)
-        if planned.base is None:
-            deltas: list[Delta] = [DenseDelta(self._tensor(one)) for one in planned.inputs]
+        aligned = self.aligned.get(planned.name)
+        deltas: list[Delta]
+        if aligned is not None:
+            base_number = None if planned.base is None else planned.base.model
+            deltas = [AlignedDelta(aligned, one.model, base_number) for one in planned.inputs]
+        elif planned.base is None:
+            deltas = [DenseDelta(self.tensor(planned, one)) for one in planned.inputs]
         else:
             base = self.models[planned.base.model]
             deltas = [
@@ -224,8 +259,10 @@ class _Run:
         if "base" in method.given:
             given["base"] = None
             if planned.base is not None:
-                given["base"] = self._tensor(planned.base).to(torch.float32)
-        parameters = [self._tensor(one).to(torch.float32, copy=True) for one in planned.inputs]
+                given["base"] = self.tensor(planned, planned.base).to(torch.float32)
+        parameters = [
+            self.tensor(planned, one).to(torch.float32, copy=True) for one in planned.inputs
+        ]
         made = method.function(parameters, planned.weights, **planned.options, **given)
         assert isinstance(made, torch.Tensor)
         return made
@@ -249,30 +286,47 @@ class _Run:
 
     def _require_identical(self, planned: PlannedTensor, tensor: torch.Tensor) -> None:
         for one in planned.inputs:
-            if not torch.equal(self._tensor(one), tensor):
+            if not torch.equal(self.tensor(planned, one), tensor):
                 raise RecipeError(
                     f"{planned.name} is a table of {tensor.dtype} that differs between "
                     f"{self.plan.models[planned.inputs[0].model]} and "
                     f"{self.plan.models[one.model]}; it cannot be merged"
                 )
 
-    def _tensor(self, place: TensorOf) -> torch.Tensor:
+    def tensor(self, planned: PlannedTensor, place: TensorOf) -> torch.Tensor:
+        """An input of a tensor, whole."""
+        if planned.name in self.aligned:
+            return self.aligned[planned.name].whole(place.model)
         return self.models[place.model].parameter(place.name)
 
+    def starts_from(self, planned: PlannedTensor, name: str) -> bool:
+        """Whether a tensor's deltas are from what the base has under a name, as it stands."""
+        if planned.base is None or planned.base.name != name:
+            return False
+        model, aligned = planned.base.model, self.aligned.get(planned.name)
+        rows = self.models[model].info[name].shape[0] if aligned else 0
+        return aligned is None or aligned.plan.keeps(model, rows)
+
     def _release(self, planned: PlannedTensor) -> None:
+        if planned.name in self.aligned:
+            self.aligned[planned.name].release()
         for one in (*planned.inputs, *([planned.base] if planned.base else [])):
             self.models[one.model].release(one.name)
 
     def _seed_of(self, number: int) -> int:
         if number not in self._seeds:
             model = self.models[number]
-            own = content_seed(
-                (name, model.checkpoint.info[name], model.checkpoint[name])
-                for name in sorted(model.checkpoint)
-            )
+            own = content_seed(_each_released(model.checkpoint))
             identity = "+".join([str(own), *(source.identity for source in model.sources)])
             self._seeds[number] = _Identity(identity).mask_seed(self.seed)
         return self._seeds[number]
+
+
+def _each_released(checkpoint: Checkpoint) -> Iterator[tuple[str, ParameterInfo, torch.Tensor]]:
+    """Every tensor, its memory let go of before the next one."""
+    for name in sorted(checkpoint):
+        yield name, checkpoint.info[name], checkpoint[name]
+        checkpoint.release(name)
 
 
 class _Identity(DeltaSource):
@@ -299,6 +353,15 @@ def _only(delta: Delta, dtype: torch.dtype) -> Parts:
     """A delta from zero."""
     zero = torch.zeros(1).expand(delta.rows * delta.columns).view(delta.shape)
     return sum_parts(zero, [WeightedDelta(delta)], dtype)
+
+
+def _later(make: Callable[[], Parts]) -> Parts:
+    """Parts of what takes memory from the moment it is made."""
+
+    def parts(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        yield from make()(pool)
+
+    return parts
 
 
 def _checked(name: str, parts: Parts, done: Callable[[], None]) -> Parts:
@@ -353,16 +416,17 @@ class _Merged(DeltaSource):
         base = self._base.checkpoint[name]
         if not base.is_floating_point():
             assert planned.passthrough_of is not None
-            return NewParameter(self._run._tensor(planned.passthrough_of))
-        over_base = planned.base is not None and planned.base.name == name
+            return NewParameter(self._run.tensor(planned, planned.passthrough_of))
         if planned.passthrough_of is None and not get_method(planned.method).on_parameters:
-            if over_base:
+            if self._run.starts_from(planned, name):
                 return self._run.delta(planned)
             merged = self._run.delta(planned).dense()
+            if planned.base is not None:
+                merged += self._run.tensor(planned, planned.base).to(torch.float32)
         elif planned.passthrough_of is None:
             merged = self._run.merged(planned)
         else:
-            merged = self._run._tensor(planned.passthrough_of).to(torch.float32)
+            merged = self._run.tensor(planned, planned.passthrough_of).to(torch.float32)
             merged = merged * planned.options.get("scale", 1.0)
         return DenseDelta(merged - base.to(torch.float32))
 
@@ -383,11 +447,14 @@ class _Merged(DeltaSource):
         return self.label
 
 
-def _write_companions(directory: Path, donor: MergeModel, plan: MergePlan, recipe: Recipe) -> None:
+def _write_companions(
+    directory: Path, donor: MergeModel, plan: MergePlan, recipe: Recipe, vocabulary: Vocabulary
+) -> None:
     for place in dict.fromkeys((donor.checkpoint.path, donor.path)):
         for file in place.iterdir():
             if file.is_file() and is_companion(file.name):
                 shutil.copyfile(file, directory / file.name)
+    vocabulary.write(directory)
     config = json.loads(json.dumps(dict(donor.config)))
     for key, value in plan.config_changes.items():
         *outer, last = key.split(".")
@@ -395,6 +462,7 @@ def _write_companions(directory: Path, donor: MergeModel, plan: MergePlan, recip
         for name in outer:
             part = part[name]
         part[last] = value
+    vocabulary.change_config(config)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if recipe.text:
         (directory / RECIPE_FILE).write_text(recipe.text, encoding="utf-8")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "ModelTokenizer",
     "OutputTokenizer",
     "build_tokenizer",
+    "has_tokenizer",
     "load_tokenizer",
     "move_token_ids",
     "shown",
@@ -75,7 +76,7 @@ class OutputTokenizer:
     vocabulary: Mapping[str, int]
     models: Mapping[ModelReference, Mapping[str, int]]
     changed: Any = None
-    special: Mapping[str, str] = ()  # type: ignore[assignment]
+    special: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Put it into a directory, in place of a tokenizer that is there."""
@@ -122,7 +123,7 @@ def build_tokenizer(
                 f"{model.model} has no tokenizer (at {model.path}); its embeddings are taken to be "
                 f"in the order of {donor.model}",
                 RecipeWarning,
-                stacklevel=2,
+                stacklevel=5,
             )
             vocabularies[model.model] = vocabularies[donor.model]
         else:
@@ -134,11 +135,11 @@ def build_tokenizer(
         made = load_tokenizer(path, str(settings.source))
         if made is None:
             raise RecipeError(f"tokenizer: {settings.source} has no tokenizer (at {path})")
-        before = _vocabulary(made)
+        before = made.backend_tokenizer.to_str()
     else:
         # A tokenizer that is changed below; `own` stays as it is.
         made = load_tokenizer(path, str(donor.model))
-        before = _vocabulary(made)
+        before = made.backend_tokenizer.to_str()
         _remove_beyond(made, donor)
         if settings.source == "union":
             _add_tokens(made, [(donor, own), *loaded])
@@ -146,10 +147,14 @@ def build_tokenizer(
     if missing:
         made.add_tokens(missing)
     vocabulary = _vocabulary(made)
+    impossible = [text for text in settings.tokens if text not in vocabulary]
+    if impossible:
+        raise RecipeError(f"tokenizer.tokens: {shown(impossible)} cannot be made a token")
     twice = len(vocabulary) - len(set(vocabulary.values()))
     if twice:
         raise RecipeError(f"tokenizer: {twice} tokens share an id with another one")
-    unchanged = vocabulary == before and (path / "tokenizer.json").is_file()
+    same = made.backend_tokenizer.to_str() == before
+    unchanged = same and (path / "tokenizer.json").is_file()
     if not unchanged:
         _check_saved(made, vocabulary)
     return OutputTokenizer(
@@ -167,7 +172,7 @@ def load_tokenizer(path: Path, label: str) -> Any:
     Raises:
         RecipeError: it has no fast form.
     """
-    if not any(_HAVING.fullmatch(file.name) for file in path.iterdir()):
+    if not has_tokenizer(path):
         return None
     from transformers import AutoTokenizer
 
@@ -184,6 +189,11 @@ def load_tokenizer(path: Path, label: str) -> Any:
         "the package that it is converted with (sentencepiece, tiktoken), or save it with a "
         "tokenizer.json"
     )
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer lies in a directory."""
+    return any(_HAVING.fullmatch(file.name) for file in path.iterdir())
 
 
 def move_token_ids(
@@ -204,13 +214,13 @@ def move_token_ids(
         if key == "text_config" and isinstance(value, dict):
             gone += [f"{key}.{inner}" for inner in move_token_ids(value, move, special)]
         elif _ID_KEYS.fullmatch(key):
-            config[key], lost = _moved(value, move)
-            if lost:
-                substitute = special.get(key.removesuffix("_id"))
-                if substitute is not None and config[key] in (None, []):
-                    config[key] = substitute
-                else:
-                    gone.append(key)
+            new, lost = _moved(value, move)
+            substitute = special.get(key.removesuffix("_id"))
+            if lost and substitute is not None and new in (None, []):
+                new = substitute
+            elif lost:
+                gone.append(key)
+            config[key] = new
     return gone
 
 
@@ -277,13 +287,14 @@ def _add_tokens(tokenizer: Any, models: Sequence[tuple[ModelTokenizer, Any]]) ->
                 contradicting[text] = None
     present = tokenizer.get_vocab()
     tokenizer.add_tokens([text for text in plain if text not in present and text not in added])
-    tokenizer.add_tokens(list(added.values()))
+    present = {entry.content for entry in tokenizer.added_tokens_decoder.values()}
+    tokenizer.add_tokens([entry for text, entry in added.items() if text not in present])
     if contradicting:
         warnings.warn(
             f"models differ in how they match {shown(list(contradicting))}; the output's tokenizer "
             "does it as the first that has them, the base_model before all others",
             RecipeWarning,
-            stacklevel=3,
+            stacklevel=6,
         )
 
 
@@ -333,7 +344,9 @@ def _check_saved(tokenizer: Any, vocabulary: Mapping[str, int]) -> None:
         tokenizer.save_pretrained(place)
         found = load_tokenizer(Path(place), "the output").get_vocab()
     if found != vocabulary:
-        strange = [text for text in {**vocabulary, **found} if found.get(text) != vocabulary.get(text)]
+        strange = [
+            text for text in {**vocabulary, **found} if found.get(text) != vocabulary.get(text)
+        ]
         raise RecipeError(
             f"tokenizer: transformers does not read back what it saved of {shown(strange)}; take "
             "the tokenizer of one model (source: base)"

@@ -15,7 +15,7 @@ from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.combine.combination import Combination
 from dare_adapters.companions import copy_present_companions
 from dare_adapters.config import DareConfig
-from dare_adapters.delta import DenseDelta, NewParameter, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.encode import encode_delta, encode_new, encode_whole
 from dare_adapters.errors import CombinationError
 from dare_adapters.model_card import write_model_card
@@ -60,7 +60,7 @@ def save_source(
         AdapterExistsError, DareError: as `complete_directory` says.
         ValueError: bits is out of range.
     """
-    if bits is not None and bits not in codec.BITS:
+    if bits is not None and (type(bits) is not int or bits not in codec.BITS):
         raise CombinationError(f"bits is {bits}; there are {', '.join(map(str, codec.BITS))}")
     adapters = list(_adapters(source))
     if bits is None and len(adapters) == 1 and _is_copy(source, adapters[0], base):
@@ -108,7 +108,8 @@ def _is_copy(source: DeltaSource, adapter: Adapter, base: BaseReader | None) -> 
     names = list(source)
     if isinstance(source, Combination) and len(source.sources) > 1:
         return False
-    return names == sorted(adapter) and all(isinstance(_read(source, n, base), stored) for n in names)
+    values = (_read(source, name, base) for name in names)
+    return names == sorted(adapter) and all(isinstance(value, stored) for value in values)
 
 
 def _read(source: DeltaSource, name: str, base: BaseReader | None) -> Delta | NewParameter:

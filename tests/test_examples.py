@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
@@ -43,6 +45,8 @@ def run(script: str, *arguments: object, cwd: Path) -> str:
 
 def imported(script: str) -> ModuleType:
     """An example as a module; its main() does not run."""
+    if str(EXAMPLES) not in sys.path:  # for what examples share
+        sys.path.append(str(EXAMPLES))
     name = f"example_{script.removesuffix('.py')}"
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / script)
     assert spec is not None
@@ -142,6 +146,47 @@ def test_on_a_real_encoder_dare_keeps_what_drop_only_loses(
         assert min(picture.size) > 300
 
 
+def test_pairs_of_real_fine_tunes_are_merged_scored_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    example = imported("merge_glue_pairs.py")
+    monkeypatch.setattr(example, "CHOICE_ROWS", 8)
+    monkeypatch.setattr(example, "STATISTICS_ROWS", 16)
+    scales = [{"lambda_": 0.5}, {"lambda_": 0.0}]
+    monkeypatch.setattr(example, "METHODS", {"average": [{}], "linear": scales})
+    finetuned = {task: shared("models", f"minilm-{task}") for task in ("sst2", "mrpc")}
+    data = {}
+    for task in finetuned:
+        rows = example.read_data(shared("data", "glue", task), "validation", task)
+        data[task] = rows[:64], rows[64:84]
+    bench = example.Bench(finetuned, data)
+
+    # The merged encoder against plain means of the two checkpoints.
+    tasks = [bench.classifier(task).bert.state_dict() for task in finetuned]
+    with bench.merged(list(finetuned), "average", {}):
+        for name, live in bench.encoder.named_parameters():
+            assert torch.allclose(live, (tasks[0][name] + tasks[1][name]) / 2, atol=1e-6), name
+
+    result = example.compare(bench, tmp_path, seeds=2, drop_rate=0.9)
+    assert len(result["records"]) == 4
+    average, _, linear, dropped = result["records"]
+    assert average["share"] == pytest.approx(linear["share"])  # it chose half of the sum
+    assert (len(linear["share"]), len(dropped["share"])) == (1, 2)
+    assert all(own["fine-tune"] > own["base"] for own in result["singles"].values())
+
+    # What is recorded is not measured again, and other settings do not mix with it.
+    monkeypatch.setattr(example, "measure", None)
+    assert example.compare(bench, tmp_path, seeds=2, drop_rate=0.9) == result
+    with pytest.raises(SystemExit, match="other settings"):
+        example.compare(bench, tmp_path, seeds=2, drop_rate=0.5)
+
+    table = example.markdown(result)
+    assert f"| average | {average['share'][0]:.3f} |" in table
+    example.draw(result, tmp_path / "merge_pairs.png")
+    with Image.open(tmp_path / "merge_pairs.png") as picture:
+        assert min(picture.size) > 300
+
+
 @pytest.mark.parametrize(("ci", "outcome"), [("true", "failed"), ("", "skipped")])
 def test_what_is_not_shipped_may_be_absent_but_not_in_ci(
     monkeypatch: pytest.MonkeyPatch, ci: str, outcome: str
@@ -150,3 +195,26 @@ def test_what_is_not_shipped_may_be_absent_but_not_in_ci(
     kinds = {"failed": pytest.fail.Exception, "skipped": pytest.skip.Exception}
     with pytest.raises(kinds[outcome], match="a thing is absent"):
         absent("a thing")
+
+
+def test_a_method_of_ones_own_is_found_when_its_package_is_installed(tmp_path: Path):
+    package = shutil.copytree(EXAMPLES / "own_method", tmp_path / "package")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    install += ["--no-build-isolation", "--target", str(tmp_path), str(package)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import torch\n"
+        "from dare_adapters.combine import get_method\n"
+        "from dare_adapters.delta import DenseDelta\n"
+        "deltas = [DenseDelta(torch.tensor([[v, 1.0]])) for v in (1.0, 9.0, 2.0)]\n"
+        "print(get_method('median').function(deltas, [1, 1, 1], scale=2.0).dense().tolist())\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == "[[4.0, 2.0]]\n", found.stderr

@@ -323,7 +323,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     # The function hides the module of the same name as an attribute of the package.
-    monkeypatch.setattr(sys.modules["dare_adapters.checkpoint_writer"], "sum_rows", fail)
+    monkeypatch.setattr(sys.modules["dare_adapters.checkpoint_writer"], "add_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         exported(make_pack("plain"), "a", tmp_path / "full")
     assert list(tmp_path.iterdir()) == []

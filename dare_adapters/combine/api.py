@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dare_adapters.adapter import Adapter
-from dare_adapters.checkpoint import open_checkpoint
+from dare_adapters.checkpoint import Checkpoint, open_checkpoint
 from dare_adapters.combine.align import align_names
 from dare_adapters.combine.combination import Combination, Statistics
 from dare_adapters.combine.mix import Mix, write_mix
 from dare_adapters.combine.registry import get_method
-from dare_adapters.errors import CombinationError
+from dare_adapters.errors import CheckpointMismatchError, CombinationError
 from dare_adapters.open_source import open_source
-from dare_adapters.source import BaseReader, DeltaSource
+from dare_adapters.source import BaseReader, DeltaSource, Renamed
 from dare_adapters.store import save_source
 
 __all__ = ["combine"]
@@ -98,14 +100,14 @@ def combine(
     if as_mix:
         return write_mix(combination, sources, out, overwrite=overwrite)
     reader: BaseReader | None = None
-    if method.on_parameters:
+    if _needs_base(combination):
         where = base if base is not None else combination.base_model_name_or_path
         if where is None:
             raise CombinationError(
-                f"{combination_type} works on whole parameters, and no adapter says what its base "
-                "is: pass base="
+                f"{combination.label} works on whole parameters, and no adapter says what its "
+                "base is: pass base="
             )
-        reader = open_checkpoint(where, revision or combination.revision, token).__getitem__
+        reader = _reader(open_checkpoint(where, revision or combination.revision, token))
     description = {"combination": combination.describe()}
     return save_source(
         combination,
@@ -117,6 +119,27 @@ def combine(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def _needs_base(source: DeltaSource) -> bool:
+    """Whether a method on whole parameters is anywhere in it."""
+    if isinstance(source, Renamed):
+        return _needs_base(source.source)
+    if not isinstance(source, Combination):
+        return False
+    return source.method.on_parameters or any(_needs_base(part) for part in source.sources)
+
+
+def _reader(checkpoint: Checkpoint) -> BaseReader:
+    def read(name: str) -> torch.Tensor:
+        if name not in checkpoint:
+            raise CheckpointMismatchError(
+                f"{checkpoint.path} has no {name}, which an adapter changes; pass the base= that "
+                "the adapters were extracted over"
+            )
+        return checkpoint[name]
+
+    return read
 
 
 def _number(weight: float) -> float:

@@ -12,7 +12,7 @@ import torch
 from dare_adapters import compiled
 from dare_adapters.errors import CombinationError
 
-__all__ = ["disjoint_merge", "one_of", "weighted_sum"]
+__all__ = ["disjoint_merge", "one_of"]
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 VOTES = ("unweighted", "weighted")
@@ -28,21 +28,6 @@ def one_of(value: str, valid: Sequence[str], what: str) -> str:
     if value not in valid:
         raise CombinationError(f"{what} is {value!r}; there are {', '.join(valid)}")
     return value
-
-
-def weighted_sum(
-    weights: Sequence[float], factor: float = 1.0
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """values (k, m) -> factor * sum of weight * value, (m,)."""
-    total = [float(weight) * factor for weight in weights]
-
-    def merge(values: torch.Tensor) -> torch.Tensor:
-        result = values[0] if total[0] == 1.0 else values[0].mul_(total[0])
-        for row, weight in zip(values[1:], total[1:], strict=True):
-            result.add_(row, alpha=weight)
-        return result
-
-    return merge
 
 
 def disjoint_merge(

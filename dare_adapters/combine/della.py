@@ -7,7 +7,7 @@ Magnitude-Based Sampling", 2024 (arXiv 2406.11617).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -155,6 +155,13 @@ class _Magpruned(Delta):
     @property
     def entries_per_row(self) -> int:
         return max(1, math.ceil(self.delta.entries_per_row * self.density))
+
+    @property
+    def row_cost(self) -> int:
+        return self.delta.row_cost
+
+    def preparations(self) -> list[Callable[[], object]]:
+        return self.delta.preparations()
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         step = max(1, _RANKED_ENTRIES // max(self.columns, 1))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dare_adapters.combine.consensus import weighted_sum
 from dare_adapters.combine.registry import delta_method
 from dare_adapters.combine.sparsify import densities, keep_largest
-from dare_adapters.combine.union import Elementwise
+from dare_adapters.combine.union import WeightedSum
 from dare_adapters.delta import Delta
 from dare_adapters.errors import CombinationError
 
@@ -33,7 +32,7 @@ def linear(
     factor = lambda_ / _total(weights) if normalize else lambda_
     if len(deltas) == 1 and weights[0] * factor == 1:
         return deltas[0]
-    return Elementwise(deltas, weighted_sum(weights, factor))
+    return WeightedSum(deltas, [weight * factor for weight in weights])
 
 
 @delta_method("average")

@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dare_adapters.adapter import resolve_adapter
+from dare_adapters.adapter import download_adapter
 from dare_adapters.checkpoint import read_json
 from dare_adapters.combine.align import align_names
 from dare_adapters.combine.combination import Combination
@@ -33,6 +34,7 @@ __all__ = ["Mix", "is_mix", "open_mix", "write_mix"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FIELDS = {"combination_type", "options", "seed", "mask", "prune", "drop_rate", "adapters"}
+_ENTRY_FIELDS = {"source", "revision", "weight", "sha256"}
 MAX_ADAPTERS = 1024
 
 
@@ -81,10 +83,10 @@ def write_mix(
         if not isinstance(path, Path) or isinstance(source, Combination):
             raise CombinationError(f"{source.label} is no adapter directory; a mix names only such")
         relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out))
-        if _outside(relative):
+        if _outside(relative) or not relative.startswith(os.pardir):  # in `out`: it is replaced
             raise CombinationError(
-                f"{path} lies outside {out.parent}; a mix may only name adapters beside it: copy "
-                "them there, or write an adapter (as_mix=False)"
+                f"{path} lies outside {out.parent}, or in {out}; a mix may only name adapters "
+                "beside it: copy them there, or write an adapter (as_mix=False)"
             )
         entries.append({"source": relative, "weight": weight, "sha256": source.identity})
     description = {**combination.describe(), "adapters": entries}
@@ -111,7 +113,14 @@ def open_mix(path: Path, *, token: str | bool | None = None, verify: bool = True
         CombinationError: an unknown method or option.
     """
     file = path / CONFIG_NAME
-    recipe = read_json(file, AdapterFormatError).get("mix")
+    config = read_json(file, AdapterFormatError)
+    version = config.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise AdapterFormatError(
+            f"{file}: format version {version!r:.40}, this library reads up to {FORMAT_VERSION}; "
+            "upgrade dare-adapters"
+        )
+    recipe = config.get("mix")
     if not isinstance(recipe, dict) or set(recipe) - _FIELDS:
         raise AdapterFormatError(f"{file}: mix must be an object of {', '.join(sorted(_FIELDS))}")
     entries = recipe.get("adapters")
@@ -148,32 +157,36 @@ def _open_entry(
     from dare_adapters.open_source import open_source
 
     where = f"{file}: mix.adapters[{number}]"
-    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
-        raise AdapterFormatError(f"{where} must be an object with a source")
+    if not isinstance(entry, dict) or set(entry) - _ENTRY_FIELDS:
+        raise AdapterFormatError(f"{where} must be an object of {', '.join(sorted(_ENTRY_FIELDS))}")
+    if not isinstance(entry.get("source"), str):
+        raise AdapterFormatError(f"{where} names no source")
     weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise AdapterFormatError(f"{where}: weight is {weight!r:.40}, expected a number")
+    known = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not known or not abs(weight) <= sys.float_info.max:  # JSON's whole numbers have no end
+        raise AdapterFormatError(f"{where}: weight is {weight!r:.40}, expected a finite number")
     name = entry["source"]
     path = file.parent / name
-    if not _outside(name) and path.is_dir():
+    if not _outside(name) and os.path.isdir(path):  # Path.is_dir raises for a name too long
         if _outside(os.path.relpath(os.path.realpath(path), os.path.realpath(file.parent))):
             raise AdapterFormatError(f"{where}: {name!r} is a link to another place")
     elif _HUB_ID.fullmatch(name) and not name.startswith("."):
-        path = resolve_adapter(name, entry.get("revision"), token)
+        path = download_adapter(name, entry.get("revision"), token)
     elif _outside(name):
         raise AdapterFormatError(
             f"{where}: {name!r} is neither a hub id nor a path beside the mix; it is not followed"
         )
     else:
         raise AdapterNotFoundError(f"{where}: there is no adapter at {path}")
-    if is_mix(read_json(path / CONFIG_NAME, AdapterFormatError)):
+    config = path / CONFIG_NAME
+    if config.is_file() and is_mix(read_json(config, AdapterFormatError)):
         raise AdapterFormatError(f"{where}: {name!r} is itself a mix; a mix names adapters only")
     source = open_source(path, verify=verify)
-    known = entry.get("sha256")
-    if known is not None and known != source.identity:
+    digest = entry.get("sha256")
+    if digest is not None and digest != source.identity:
         raise AdapterFormatError(
             f"{where}: {name!r} is not the adapter that the mix was made of (its tensors have the "
-            f"SHA-256 {source.identity}, the mix names {known!r:.80}); make the mix again"
+            f"SHA-256 {source.identity}, the mix names {digest!r:.80}); make the mix again"
         )
     return source, float(weight)
 

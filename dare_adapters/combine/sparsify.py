@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+_INT32_ENTRIES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Sparsified(Delta):
         place = keep.nonzero().squeeze(1)
         return (place if index is None else index[place]), values[place]
 
+    def preparations(self) -> list[Callable[[], object]]:
+        return self.delta.preparations()
+
     @property
     def row_cost(self) -> int:
         return self.delta.row_cost
@@ -147,6 +151,9 @@ class _KeptLargest(Sparsified):
             if self._found is None:
                 self._found = self._find()
             return self._found
+
+    def preparations(self) -> list[Callable[[], object]]:
+        return [*self.delta.preparations(), lambda: self.threshold]
 
     @property
     def entries_per_row(self) -> int:
@@ -238,13 +245,13 @@ def drop_at_random(
 
 
 class _RescaledToL1(Delta):
-    """`pruned` times sum|delta| / sum|pruned|."""
+    """`pruned` times sum|delta| / sum|pruned|; survivors are kept until they are released."""
 
     def __init__(self, pruned: Delta, delta: Delta) -> None:
         super().__init__(delta.shape)
         self.pruned, self.delta = pruned, delta
         self._lock = threading.Lock()
-        self._factor: float | None = None
+        self._survivors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def entries_per_row(self) -> int:
@@ -259,25 +266,55 @@ class _RescaledToL1(Delta):
         return self.pruned.support_key
 
     @property
-    def factor(self) -> float:
+    def survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat positions in the parameter, ascending, and rescaled values."""
         with self._lock:
-            if self._factor is None:
-                kept = _l1(self.pruned)
-                self._factor = _l1(self.delta) / kept if kept > 0 else 1.0
-            return self._factor
+            if self._survivors is None:
+                self._survivors = self._rescaled()
+            return self._survivors
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        index, values = self.pruned.read(start, stop)
-        return index, values.mul_(self.factor)
+    def preparations(self) -> list[Callable[[], object]]:
+        return [*self.pruned.preparations(), lambda: self.survivors]
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        places, values = self.survivors
+        bounds = torch.tensor([start * self.columns, stop * self.columns], dtype=places.dtype)
+        first, last = torch.searchsorted(places, bounds).tolist()
+        index = places[first:last].to(torch.int64).sub_(start * self.columns)
+        return index, values[first:last].clone()
 
     def release(self) -> None:
+        with self._lock:
+            self._survivors = None
         self.pruned.release()
+
+    def _rescaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = kept = 0.0
+        small = self.rows * self.columns < _INT32_ENTRIES
+        places, found = [], []
+        for start, stop in self.pruned.row_ranges():
+            index, values = self.pruned.read(start, stop)
+            if index is None:
+                index = torch.arange(len(values))
+            kept += _sum_once(index, values)
+            whole += self.delta.l1(start, stop)
+            places.append(
+                index.add_(start * self.columns).to(torch.int32 if small else index.dtype)
+            )
+            found.append(values)
+        factor = whole / kept if kept > 0 else 1.0
+        return torch.cat(places), torch.cat(found).mul_(factor)
+
+
+def _sum_once(index: torch.Tensor, values: torch.Tensor) -> float:
+    """Σ|values| of entries of which one that comes twice counts once."""
+    size = values.abs()
+    total = float(size.sum(dtype=torch.float64))
+    if len(index) > 1:
+        total -= float(size[1:][index[1:] == index[:-1]].sum(dtype=torch.float64))
+    return total
 
 
 def rescaled_to_l1(pruned: Delta, delta: Delta) -> Delta:
     """Survivors scaled so that their magnitudes sum to what the delta's did (mergekit's rule)."""
     return pruned if pruned is delta else _RescaledToL1(pruned, delta)
-
-
-def _l1(delta: Delta) -> float:
-    return sum(delta.l1(start, stop) for start, stop in delta.row_ranges())

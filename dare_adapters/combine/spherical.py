@@ -65,7 +65,7 @@ def nuslerp(
     flatten: bool = True,
     row_wise: bool = False,
     on_deltas: bool = True,
-    base: torch.Tensor,
+    base: torch.Tensor | None,
 ) -> torch.Tensor:
     """base + slerp(δ₀, δ₁; t), with t = w₁ / (w₀ + w₁), or ½ where the weights sum to zero.
 
@@ -78,7 +78,7 @@ def nuslerp(
         flatten: turn the parameter as one vector; False: a vector for each row or column.
         row_wise: where `flatten` is False, vectors along the first dimension; False: along the
             last (mergekit's `nuslerp_row_wise`).
-        on_deltas: False: slerp(θ₀, θ₁; t) of whole parameters.
+        on_deltas: False: slerp(θ₀, θ₁; t) of whole parameters; then there need be no base.
     """
     flag(flatten, "flatten")
     flag(row_wise, "row_wise")
@@ -96,9 +96,10 @@ def nuslerp(
     start = None if origin is None else rows(origin)
     products = inner_products(vectors, start)
     merged = combination(vectors, _arc(products, t, least_norm=1e-7, parallel=None), start)
-    if row_wise and not flatten and base.dim() > 1:
-        return merged.view(base.transpose(0, -1).shape).transpose(0, -1).contiguous()
-    return merged.view(base.shape)
+    first = parameters[0]
+    if row_wise and not flatten and first.dim() > 1:
+        return merged.view(first.transpose(0, -1).shape).transpose(0, -1).contiguous()
+    return merged.view(first.shape)
 
 
 @parameter_method("multislerp")
@@ -109,7 +110,7 @@ def multislerp(
     normalize_weights: bool = True,
     eps: float = 1e-8,
     on_deltas: bool = True,
-    base: torch.Tensor,
+    base: torch.Tensor | None,
 ) -> torch.Tensor:
     """base + (Σ wᵢ‖δᵢ‖) m/‖m‖, with m = Σ wᵢ δᵢ/(‖δᵢ‖ + eps).
 
@@ -129,7 +130,7 @@ def multislerp(
         CombinationError: the weights sum to zero, or three or more directions cancel.
     """
     eps = number(eps, "eps", 0)
-    origin = base.reshape(1, -1) if flag(on_deltas, "on_deltas") else None
+    origin = base.reshape(1, -1) if flag(on_deltas, "on_deltas") and base is not None else None
     if len(parameters) == 1:
         return parameters[0]
     used = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
@@ -154,7 +155,7 @@ def multislerp(
             f"multislerp: the directions of {len(parameters)} adapters, with the weights "
             f"{list(weights)}, cancel out; change the weights"
         )
-    return combination(vectors, coefficients, origin).view(base.shape)
+    return combination(vectors, coefficients, origin).view(parameters[0].shape)
 
 
 @parameter_method("karcher")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dare_adapters import compiled
-from dare_adapters.delta import Delta
+from dare_adapters.delta import Delta, WeightedDelta
 
-__all__ = ["Elementwise", "read_union"]
+__all__ = ["Elementwise", "WeightedSum", "read_union"]
 
 
 def read_union(
@@ -87,6 +87,32 @@ class Elementwise(Delta):
         index, values = read_union(self.deltas, start, stop)
         return index, self.function(values)
 
+    def preparations(self) -> list[Callable[[], object]]:
+        return [one for delta in self.deltas for one in delta.preparations()]
+
     def release(self) -> None:
         for delta in self.deltas:
             delta.release()
+
+
+class WeightedSum(Elementwise):
+    """Σ wᵢ δᵢ, added in this order.
+
+    Args:
+        deltas: of one shape.
+        weights: one for each.
+    """
+
+    def __init__(self, deltas: Sequence[Delta], weights: Sequence[float]) -> None:
+        super().__init__(deltas, self._sum)
+        self.weights = [float(weight) for weight in weights]
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(values.shape[1])
+        for row, weight in zip(values, self.weights, strict=True):
+            total += row * weight
+        return total
+
+    def terms(self) -> list[WeightedDelta]:
+        pairs = zip(self.deltas, self.weights, strict=True)
+        return [WeightedDelta(delta, weight) for delta, weight in pairs]

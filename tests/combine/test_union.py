@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_adapters.combine.consensus import disjoint_merge, weighted_sum
-from dare_adapters.combine.union import Elementwise, read_union
+from dare_adapters.combine.consensus import disjoint_merge
+from dare_adapters.combine.union import Elementwise, WeightedSum, read_union
 from dare_adapters.delta import Delta, DenseDelta, NoChange
 from dare_adapters.mask import matrix_shape
 from tests.combine.sources import (
@@ -128,12 +128,11 @@ def test_no_bit_depends_on_how_rows_are_read(divisor, deltas, data):
     weights = data.draw(
         st.lists(st.floats(-2, 2, width=32), min_size=len(deltas), max_size=len(deltas))
     )
-    function = (
-        weighted_sum(weights)
+    merged = (
+        WeightedSum(deltas, weights)
         if divisor is None
-        else disjoint_merge(weights, vote="weighted", divisor=divisor)
+        else Elementwise(deltas, disjoint_merge(weights, vote="weighted", divisor=divisor))
     )
-    merged = Elementwise(deltas, function)
     starts = data.draw(range_starts(merged.rows))
     assert torch.equal(in_pieces(merged, starts), merged.dense().view(-1))
 
@@ -142,7 +141,12 @@ def test_no_bit_depends_on_how_rows_are_read(divisor, deltas, data):
 @pytest.mark.parametrize("divisor", ["count", "weights", None])
 def test_no_bit_depends_on_an_entrys_place_in_memory(divisor, count):
     weights = [0.3 + 0.1 * number for number in range(count)]
-    merge = weighted_sum(weights) if divisor is None else disjoint_merge(weights, divisor=divisor)
+    zeros = [NoChange((1, 1))] * count
+    merge = (
+        WeightedSum(zeros, weights).function
+        if divisor is None
+        else disjoint_merge(weights, divisor=divisor)
+    )
     values = normal((count, 999), 1)
     whole = merge(values.clone())
     for width in (1, 3, 7, 31, 100):
@@ -153,7 +157,7 @@ def test_no_bit_depends_on_an_entrys_place_in_memory(divisor, count):
 @settings(max_examples=60, deadline=None)
 @given(deltas=aligned_deltas(), data=st.data())
 def test_what_is_asked_for_at_positions_is_what_is_there(deltas, data):
-    merged = Elementwise(deltas, weighted_sum([0.3] * len(deltas)))
+    merged = WeightedSum(deltas, [0.3] * len(deltas))
     start = data.draw(st.integers(0, merged.rows - 1))
     size = (merged.rows - start) * merged.columns
     index = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=int)
@@ -167,7 +171,7 @@ def test_what_is_asked_for_at_positions_is_what_is_there(deltas, data):
 @given(deltas=aligned_deltas())
 def test_reading_leaves_the_inputs_as_they_are(deltas):
     before = [delta.dense() for delta in deltas]
-    merged = Elementwise(deltas, weighted_sum([2.0] * len(deltas)))
+    merged = WeightedSum(deltas, [2.0] * len(deltas))
     first = merged.read(0, merged.rows)[1]
     first.fill_(7)  # the caller's own
     assert close(merged, 2 * torch.stack(before).double().sum(dim=0))

@@ -1,0 +1,139 @@
+"""The compiled loops that combine deltas give what PyTorch gives, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dare_adapters import compiled
+from dare_adapters.combine.consensus import DIVISORS, VOTES, _merge, disjoint_merge
+from dare_adapters.combine.union import read_union
+from dare_adapters.delta import Delta, WeightedDelta, add_rows, apply_rows
+from dare_adapters.difference import ParameterDifference
+from dare_adapters.mask import BernoulliSupport, BlockedSupport
+from dare_adapters.matrix import MatrixView
+from tests.combine.sources import aligned_deltas
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="the loops were not compiled")
+
+
+def difference(
+    base_dtype: torch.dtype, dtype: torch.dtype, rows: int, columns: int, seed: int = 0
+) -> ParameterDifference:
+    """Few levels, so that many magnitudes are equal, and zeros of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(-4, 5, (rows * columns,), generator=generator) for _ in range(2)]
+    base, finetuned = (values.to(torch.float32) / 64 for values in drawn)
+    base[::7] = -0.0
+    return ParameterDifference("w", (rows, columns), base.to(base_dtype), finetuned.to(dtype))
+
+
+@pytest.mark.parametrize(("base_dtype", "dtype"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize("columns", [1, 15, 16, 1024, 1025, 3000])
+def test_selection_is_pytorchs(base_dtype: torch.dtype, dtype: torch.dtype, columns: int):
+    delta = difference(base_dtype, dtype, 3, columns)
+    for start, stop in ((0, 3), (1, 2), (2, 2)):
+        for low, high in ((0.0, math.inf), (1 / 64, 3 / 64), (0.0, 0.0), (5 / 64, 1 / 64)):
+            count, inside = delta.between(low, high, start, stop)
+            expected, reach = Delta.between(delta, low, high, start, stop)
+            if low <= high:
+                assert count == expected
+                assert torch.equal(inside, reach)
+        for value, last in itertools.product((0.0, 2 / 64, math.inf), (-5, 0, 700, math.inf)):
+            index, values = delta.read_above(value, last, start, stop)
+            places, expected_values = Delta.read_above(delta, value, last, start, stop)
+            if value < math.inf or last == math.inf:
+                assert torch.equal(index, places), (value, last)
+                assert torch.equal(values, expected_values)
+        total = delta.rows_between(start, stop).abs().sum(dtype=torch.float64)
+        assert delta.l1(start, stop) == pytest.approx(float(total), rel=1e-6)
+
+
+@pytest.mark.parametrize(("base_dtype", "dtype"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 250])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_what_is_drawn_is_what_pytorch_gathers(
+    base_dtype: torch.dtype, dtype: torch.dtype, columns: int, factor: float
+):
+    delta = difference(base_dtype, dtype, 6, columns)
+    for support in (
+        BernoulliSupport(3, "w", 6, columns, 0.7),
+        BlockedSupport(3, "w", 6, columns, 4),
+        BlockedSupport(3, "w", 6, columns, 1),
+    ):
+        for start, stop in ((0, 6), (2, 5)):
+            index, values = delta.read_support(support, factor, start, stop)
+            places, expected = Delta.read_support(delta, support, factor, start, stop)
+            assert torch.equal(index, places)
+            assert torch.equal(values, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(deltas=aligned_deltas())
+def test_the_union_is_pytorchs(deltas: list[Delta]):
+    rows = deltas[0].rows
+    index, values = read_union(deltas, 0, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "available", lambda: False)
+        places, expected = read_union(deltas, 0, rows)
+    assert (index is None) == (places is None)
+    if index is not None:
+        assert torch.equal(index, places)
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("method", "vote", "divisor"),
+    list(itertools.product(("total", "frequency"), VOTES, DIVISORS)),
+)
+def test_the_election_is_pytorchs(method: str, vote: str, divisor: str, count: int, factor: float):
+    generator = torch.Generator().manual_seed(count)
+    weights = torch.randn(count, generator=generator)
+    values = torch.randn(count, 2050, generator=generator)
+    coarse = torch.rand(count, 2050, generator=generator) < 0.6
+    values[coarse] = values[coarse].mul(2).round()  # votes that end in a draw, and zeros
+    merge = disjoint_merge(
+        weights.tolist(), majority_sign_method=method, vote=vote, divisor=divisor, factor=factor
+    )
+    plain = _merge(values.clone(), weights, method == "frequency", vote == "weighted", divisor)
+    assert torch.equal(merge(values), plain.mul_(factor))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    deltas=aligned_deltas(),
+    dtype=st.sampled_from(DTYPES),
+    weights=st.lists(st.sampled_from([1.0, -0.5, 0.3]), min_size=5, max_size=5),
+)
+def test_rows_are_added_to_as_pytorch_does(
+    deltas: list[Delta], dtype: torch.dtype, weights: list[float]
+):
+    first = deltas[0]
+    base = torch.randn(first.rows * first.columns, generator=torch.Generator().manual_seed(1))
+    base[::3] = -0.0
+    base = base.to(dtype)
+    weighted = [WeightedDelta(d, w) for d, w in zip(deltas, weights, strict=False)]
+    made = add_rows(base, weighted, 0, first.rows)
+    view = MatrixView.over(base.clone(), first.rows, first.columns)
+    apply_rows(view, weighted, 0, first.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "available", lambda: False)
+        plain = add_rows(base, weighted, 0, first.rows)
+        slow = MatrixView.over(base.clone(), first.rows, first.columns)
+        apply_rows(slow, weighted, 0, first.rows)
+    bits = {2: torch.int16, 4: torch.int32}[base.element_size()]
+    untouched = torch.ones(len(base), dtype=torch.bool)
+    for delta in deltas:
+        index, _ = delta.read(0, delta.rows)
+        untouched[slice(None) if index is None else index] = False
+    for found in (made, view.storage, slow.storage):
+        assert torch.equal(found, plain)
+        assert torch.equal(found.view(bits)[untouched], base.view(bits)[untouched])
