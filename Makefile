@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MERGEKIT := .venv-mergekit
 
-.PHONY: help setup demo encoder test test-slow check bench clean
+.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -24,11 +25,26 @@ encoder: setup ## the same with all-MiniLM-L6-v2 on SST-2; ARGS="--data DIR --fi
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[encoder]"
 	$(BIN)/python examples/encoder_sst2.py $(ARGS)
 
+pairs: setup ## MiniLM's SST-2, MRPC and CoLA merged in pairs by every method; ARGS as encoder
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[encoder]"
+	$(BIN)/python examples/merge_glue_pairs.py $(ARGS)
+
 test: setup check ## everything in tests/
 	$(BIN)/python -m pytest tests
 
 test-slow: setup ## what takes minutes
 	$(BIN)/python -m pytest tests -m slow
+
+test-mergekit: setup $(if $(MERGEKIT_PYTHON),,$(MERGEKIT)/.installed) ## merges compared with mergekit's
+	$(BIN)/python -m pytest tests/mergekit -m mergekit
+
+# mergekit is in an environment of its own; MERGEKIT_PYTHON names the interpreter of another.
+$(MERGEKIT)/.installed: constraints.txt
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(MERGEKIT)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(MERGEKIT)/bin/python -m pip install --quiet -c constraints.txt "mergekit==0.1.5"
+	touch $@
 
 check: setup ## formatting, lint, types
 	$(BIN)/ruff check .
@@ -39,4 +55,4 @@ bench: setup ## the README's table of sizes and speeds
 	$(BIN)/python benchmarks/llama_half_billion.py
 
 clean: ## remove the environment and what runs left
-	rm -rf $(VENV) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MERGEKIT) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

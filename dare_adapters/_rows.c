@@ -344,6 +344,61 @@ EXPORT int64_t dare_above(int base_dtype, const void *base, int finetuned_dtype,
     return kept;
 }
 
+/* dare_between of entries that were read: values at ascending positions (NULL: consecutive), of
+ * which one that comes twice counts once. */
+EXPORT int64_t dare_values_between(const int64_t *index, const float *values, int64_t count,
+                                   float low, float high, float *inside, int64_t *found) {
+    int64_t above = 0, kept = 0, before = -1;
+    for (int64_t j = 0; j < count; j++) {
+        int once = 1;
+        if (index) {
+            once = index[j] != before;
+            before = index[j];
+        }
+        float size = magnitude(values[j]);
+        inside[kept] = size;
+        kept += once & (size >= low) & (size <= high);
+        above += once & (size > high);
+    }
+    *found = kept;
+    return above;
+}
+
+/* dare_above of entries that were read. */
+EXPORT int64_t dare_values_above(const int64_t *index, const float *values, int64_t count,
+                                 float value, int64_t last, int64_t *kept_index,
+                                 float *kept_values) {
+    int64_t kept = 0;
+    for (int64_t j = 0; j < count; j++) {
+        int64_t place = index ? index[j] : j;
+        float size = magnitude(values[j]);
+        kept_index[kept] = place;
+        kept_values[kept] = values[j];
+        kept += (size > value) | ((size == value) & (place <= last));
+    }
+    return kept;
+}
+
+/* Of values at ascending positions, relative to row `start`, those that a blocked support keeps,
+ * times `factor`; their number. `column` is room for one row's slots. */
+EXPORT int64_t dare_kept(uint64_t seed, uint64_t key, int64_t columns, int64_t block, int64_t start,
+                         const int64_t *index, const float *values, int64_t count, float factor,
+                         int64_t *column, int64_t *kept_index, float *kept_values) {
+    support s = {seed, key, columns, block};
+    int64_t slots = slots_of(&s), row = -1, kept = 0;
+    for (int64_t j = 0; j < count; j++) {
+        int64_t own = index[j] / columns, place = index[j] - own * columns;
+        if (own != row) {
+            row = own;
+            row_columns(&s, start + row, slots, column);
+        }
+        kept_index[kept] = index[j];
+        kept_values[kept] = values[j] * factor;
+        kept += column[place / block] == place;
+    }
+    return kept;
+}
+
 /* The sum of the magnitudes of `count` differences. */
 EXPORT double dare_abs_sum(int base_dtype, const void *base, int finetuned_dtype,
                            const void *finetuned, int64_t count) {

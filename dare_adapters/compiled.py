@@ -29,11 +29,14 @@ __all__ = [
     "can_read",
     "can_use",
     "elect",
+    "kept",
     "positions",
     "read_rows",
     "restore_rows",
     "survivors",
     "union",
+    "values_above",
+    "values_between",
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -75,6 +78,15 @@ def _declare(library: Any) -> Any:
     library.dare_elect.argtypes = [
         size, place, size, size, place, number, number, number, ctypes.c_float, place,
     ]  # fmt: skip
+    library.dare_values_between.argtypes = [
+        place, place, size, ctypes.c_float, ctypes.c_float, place, place,
+    ]  # fmt: skip
+    library.dare_values_above.argtypes = [place, place, size, ctypes.c_float, size, place, place]
+    library.dare_kept.argtypes = [
+        *where[:5], place, place, size, ctypes.c_float, place, place, place,
+    ]  # fmt: skip
+    for name in ("values_between", "values_above", "kept"):
+        getattr(library, f"dare_{name}").restype = size
     library.dare_accumulate.argtypes = [place, place, place, ctypes.c_float, size]
     library.dare_add.argtypes = [number, place, place, size, place]
     library.dare_accumulate.restype = library.dare_add.restype = None
@@ -231,6 +243,50 @@ def above(
         *_pair(base, finetuned), value, last, index.data_ptr(), values.data_ptr()
     )
     return index[:count], values[:count]
+
+
+def values_between(
+    index: torch.Tensor | None, values: torch.Tensor, low: float, high: float
+) -> tuple[int, torch.Tensor]:
+    """:func:`between` of entries that were read; one that comes twice counts once."""
+    inside, found = torch.empty(len(values) + 1), ctypes.c_int64()
+    above = _library().dare_values_between(
+        None if index is None else index.data_ptr(), values.data_ptr(), len(values), low, high,
+        inside.data_ptr(), ctypes.addressof(found),
+    )  # fmt: skip
+    return int(above), inside[: found.value].clone()
+
+
+def values_above(
+    index: torch.Tensor | None, values: torch.Tensor, value: float, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`above` of entries that were read."""
+    places = torch.empty(len(values) + 1, dtype=torch.int64)
+    kept = torch.empty(len(values) + 1)
+    count = _library().dare_values_above(
+        None if index is None else index.data_ptr(), values.data_ptr(), len(values), value, last,
+        places.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
+    return places[:count], kept[:count]
+
+
+def kept(
+    where: Where,
+    slots: int,
+    start: int,
+    index: torch.Tensor,
+    values: torch.Tensor,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of entries at ascending positions those that a blocked support keeps, times `factor`."""
+    room = torch.empty(slots, dtype=torch.int64)
+    places = torch.empty(len(values) + 1, dtype=torch.int64)
+    found = torch.empty(len(values) + 1)
+    count = _library().dare_kept(
+        *where, start, index.data_ptr(), values.data_ptr(), len(values), factor, room.data_ptr(),
+        places.data_ptr(), found.data_ptr(),
+    )  # fmt: skip
+    return places[:count], found[:count]
 
 
 def abs_sum(base: torch.Tensor, finetuned: torch.Tensor) -> float:

@@ -100,6 +100,10 @@ class Delta(ABC):
             last: up to this flat position, relative to row `start`, those equal to it are too.
         """
         index, values = self.read(start, stop)
+        if compiled.available():
+            every = (stop - start) * self.columns
+            limit = every if last == math.inf else max(int(last), -1)
+            return compiled.values_above(index, values, value, limit)
         size = values.abs()
         keep = size >= value if last == math.inf else size > value
         if 0 <= last < math.inf:
@@ -115,6 +119,8 @@ class Delta(ABC):
     def between(self, low: float, high: float, start: int, stop: int) -> tuple[int, torch.Tensor]:
         """How many magnitudes of some rows are above `high`, and those from `low` to `high`."""
         index, values = self.read(start, stop)
+        if compiled.available():
+            return compiled.values_between(index, values, low, high)
         size = values.abs()
         if index is not None and len(index) > 1:  # what comes twice counts once
             size = size[torch.cat([torch.ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
@@ -449,18 +455,26 @@ def sum_rows(
     deltas = flat_terms(deltas)
     if len(deltas) == 1:
         return deltas[0].read(start, stop)
+    parts = [weighted.delta.read(start, stop) for weighted in deltas]
+    lists = [index for index, _ in parts if index is not None]
+    if len(lists) == len(parts) and compiled.available():
+        index, aligned = compiled.union(lists, [values.contiguous() for _, values in parts])
+        total = torch.zeros(len(index))
+        for row, weighted in zip(aligned, deltas, strict=True):
+            total += row * weighted.weight
+        return index, total
     size = (stop - start) * deltas[0].delta.columns
     total = torch.zeros(size)
     touched: torch.Tensor | None = torch.zeros(size, dtype=torch.bool)
-    for delta in deltas:
-        index, values = delta.read(start, stop)
-        if index is None:
+    for (places, values), weighted in zip(parts, deltas, strict=True):
+        values.mul_(weighted.weight)
+        if places is None:
             total += values
             touched = None
         else:
-            total[index] += values  # assigns: a position that comes twice counts once
+            total[places] += values  # assigns: a position that comes twice counts once
             if touched is not None:
-                touched[index] = True
+                touched[places] = True
     if touched is None:
         return None, total
     index = touched.nonzero().squeeze(1)

