@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from dare_adapters.checkpoint import SAFETENSORS
 from dare_adapters.delta import Delta, WeightedDelta, add_rows
 from dare_adapters.parallel import ordered_map
+from dare_adapters.streamed_file import StreamedFile
 from dare_adapters.tensor_file import DTYPE_NAMES
 
 __all__ = ["OutputTensor", "shards_of_size", "sum_parts", "whole_parts", "write_checkpoint"]
@@ -128,17 +128,18 @@ def write_checkpoint(
         name = SAFETENSORS
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (directory / name).open("xb") as file:
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        with StreamedFile(directory / name, nbytes) as file:
             _write_shard(file, tensors, pool, bar)
         weight_map.update((tensor.name, name) for tensor in tensors)
-        total += sum(tensor.nbytes for tensor in tensors)
+        total += nbytes
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(
-    file: BinaryIO, tensors: Sequence[OutputTensor], pool: ThreadPoolExecutor, bar: tqdm[None]
+    file: StreamedFile, tensors: Sequence[OutputTensor], pool: ThreadPoolExecutor, bar: tqdm[None]
 ) -> None:
     # Every tensor aligned to its element size and no holes: the largest elements first.
     order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
