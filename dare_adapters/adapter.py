@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.config import (
     CONFIG_NAME,
+    FLOATS,
     WEIGHTS_NAME,
     DareConfig,
     ParameterEntry,
@@ -43,6 +44,7 @@ class Adapter(DeltaSource):
     def __init__(self, path: Path, config: DareConfig, reader: Any) -> None:
         self.path, self.config = path, config
         self._reader = reader
+        self._mapped: dict[str, torch.Tensor] = {}
         self.label = str(path)
         self.base_model_name_or_path, self.revision = (
             config.base_model_name_or_path,
@@ -115,10 +117,10 @@ class Adapter(DeltaSource):
     def __getitem__(self, name: str) -> Delta | NewParameter:
         entry = self.config.parameters[name]
         if entry.kind == "new":
-            return NewParameter(self._tensor(name, "value"))
-        added = self._tensor(name, "rows") if entry.added_rows else None
+            return NewParameter(self._part(name, "value"))
+        added = self._part(name, "rows") if entry.added_rows else None
         if entry.kind == "dense":
-            return DenseDelta(self._tensor(name, "delta"), added)
+            return DenseDelta(self._part(name, "delta"), added)
         return self._sparse(name, entry, added)
 
     def __contains__(self, name: object) -> bool:
@@ -175,9 +177,11 @@ class Adapter(DeltaSource):
                 or of another size than its values.
         """
         entry = self.config.parameters[name]
-        for key in entry.tensors(name):
-            tensor = self._reader.get_tensor(key)
-            if tensor.is_floating_point() and first_non_finite(tensor.view(-1)) is not None:
+        for key, (dtype, _) in entry.tensors(name).items():
+            if dtype not in FLOATS:
+                continue  # every pattern of a whole number's bits is one
+            tensor = self._tensor(key)
+            if first_non_finite(tensor.view(-1)) is not None:
                 raise AdapterFormatError(f"{self.path}: {key} holds NaN or infinity")
             if key.endswith("_scales") and bool((tensor < 0).any()):
                 raise AdapterFormatError(f"{self.path}: {key} holds a negative scale")
@@ -226,9 +230,14 @@ class Adapter(DeltaSource):
         )
         return str(done.commit_url)
 
-    def _tensor(self, name: str, part: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._reader.get_tensor(tensor_key(name, part))
-        return tensor
+    def _part(self, name: str, part: str) -> torch.Tensor:
+        return self._tensor(tensor_key(name, part))
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file, mapped; asking the reader again costs more than remembering it."""
+        if key not in self._mapped:
+            self._mapped[key] = self._reader.get_tensor(key)
+        return self._mapped[key]
 
     def _sparse(self, name: str, entry: ParameterEntry, added: torch.Tensor | None) -> SparseDelta:
         assert entry.bits is not None
@@ -236,8 +245,8 @@ class Adapter(DeltaSource):
             entry.shape,
             self._support(name, entry),
             entry.bits,
-            self._tensor(name, "values").view(-1),
-            self._tensor(name, "scales") if entry.bits < 16 else None,
+            self._part(name, "values").view(-1),
+            self._part(name, "scales") if entry.bits < 16 else None,
             entry.exponent,
             added,
         )
@@ -251,7 +260,7 @@ class Adapter(DeltaSource):
         if entry.mask == "bernoulli":
             assert entry.drop_rate is not None
             return BernoulliSupport(seed, name, rows, columns, entry.drop_rate)
-        data = self._tensor(name, "support").numpy()
+        data = self._part(name, "support").numpy()
         encoding: SupportEncoding = "bitmap" if entry.mask == "bitmap" else "gaps"
         return decode_support(encoding, data, rows, columns, name)
 

@@ -20,7 +20,7 @@ from dare_adapters import codec, compiled
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import BlockedSupport, Slots, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
-from dare_adapters.scales import load_scales
+from dare_adapters.scales import largest_scale, load_scales
 
 __all__ = [
     "Delta",
@@ -336,8 +336,9 @@ class SparseDelta(Delta):
                 alone says how many there are; a scale is too large for float32.
         """
         if self.scales is not None:
-            largest = self._row_scales.to(torch.float64) * (1 << (self.bits - 1))
-            if bool((largest > torch.finfo(torch.float32).max).any()):
+            limit = torch.finfo(torch.float32).max / (1 << (self.bits - 1))
+            suspect = largest_scale(self.scales.dtype, self.exponent) > limit
+            if suspect and bool((self._row_scales.to(torch.float64) > limit).any()):
                 raise AdapterFormatError(
                     f"{name}: its scales times 2**{self.exponent} are beyond float32"
                 )

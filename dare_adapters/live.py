@@ -210,8 +210,14 @@ def _locate_by_position(
 
 
 def _find(model: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
+    *path, leaf = name.split(".")
+    module = model
+    for part in path:
+        # Past Module.__getattr__, which is slow; some modules have attributes of their own.
+        module = module._modules.get(part) or getattr(module, part)
+    tensor = module._parameters.get(leaf)
+    if tensor is None:
+        tensor = getattr(module, leaf)
     assert isinstance(tensor, torch.Tensor)
     return tensor
 

@@ -13,10 +13,11 @@ One exponent e for each parameter, so that no delta is too small or too large, a
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
-__all__ = ["SCALE_DTYPES", "load_scales", "round_scales", "store_scales"]
+__all__ = ["SCALE_DTYPES", "largest_scale", "load_scales", "round_scales", "store_scales"]
 
 SCALE_DTYPES = {8: "F16", 4: "U8", 2: "U8", 1: "F16"}
 STEPS = 8
@@ -62,7 +63,19 @@ def load_scales(stored: torch.Tensor, exponent: int) -> torch.Tensor:
     """The scales again, float32 (rows,)."""
     if stored.dtype == torch.float16:
         return torch.ldexp(stored.to(torch.float32), torch.tensor(exponent))
+    return _table(exponent)[stored.to(torch.int32)]
+
+
+def largest_scale(stored_dtype: torch.dtype, exponent: int) -> float:
+    """What no stored scale is above."""
+    of_float16 = stored_dtype == torch.float16
+    return math.ldexp(torch.finfo(torch.float16).max if of_float16 else 1.0, exponent)
+
+
+@lru_cache(maxsize=64)
+def _table(exponent: int) -> torch.Tensor:
+    """The scale of every byte, float32 (256,)."""
     code = torch.arange(256)
     table = torch.ldexp(_STEP[code % STEPS], exponent - code // STEPS)
     table[ZERO] = 0
-    return table[stored.to(torch.int64)]
+    return table
