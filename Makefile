@@ -30,7 +30,7 @@ pairs: setup ## MiniLM's SST-2, MRPC and CoLA merged in pairs by every method; A
 	$(BIN)/python examples/merge_glue_pairs.py $(ARGS)
 
 test: setup check ## everything in tests/
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadscope
 
 test-slow: setup ## what takes minutes
 	$(BIN)/python -m pytest tests -m slow
