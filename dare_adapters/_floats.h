@@ -12,9 +12,14 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Wider vectors where the processor has them; GCC and glibc choose when the library is loaded. */
+/* Wider vectors where the processor has them; GCC and glibc choose when the library is loaded. By
+ * level and not by model: "arch=haswell" would be Intel's alone. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-#define VECTORS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define VECTORS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define VECTORS
 #endif

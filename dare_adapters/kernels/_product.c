@@ -26,164 +26,180 @@ typedef struct {
 typedef struct {
     int32_t *column;
     float *value;
-    int32_t *block_start;               /* first column of each block, perhaps negative */
 } decoded;
+
+/* The part of each row that is asked for: columns low … high - 1. */
+typedef struct {
+    int64_t low, high;
+    int64_t width;                      /* the most entries that a row has */
+    int64_t offset_bits, first, groups; /* of a blocked delta's slots, in groups of eight */
+    int64_t inside, outside;            /* which groups lie within */
+    int32_t *block_start;               /* first column of each block, perhaps negative */
+} part;
 
 enum { ROOM = 16, TOKENS = 32, ROWS = 16 };
 
 /* Vectors of floats at any address. */
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__GNUC__) && !defined(__clang__)
+#define SCALAR VECTORS __attribute__((optimize("no-tree-vectorize")))
+#else
+#define SCALAR
+#endif
+
+static inline uint32_t little_endian(uint32_t word) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return __builtin_bswap32(word);
+#else
+    return word;
+#endif
+}
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- the entries of a row ---- */
 
-/* `count` codes from a byte on, times the scale; up to seven more are written. */
-INLINE void decode_codes(const uint8_t *restrict codes, int64_t count, int bits, float scale,
-                         float *restrict value) {
-    int64_t bytes = (count * bits + 7) / 8;
-    if (bits == 8)
-        for (int64_t i = 0; i < bytes; i++) value[i] = (float)(codes[i] - 128) * scale;
-    else if (bits == 4)
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 2; k++)
-                value[2 * i + k] = (float)(((codes[i] >> (4 * k)) & 15) - 8) * scale;
-    else if (bits == 2)
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 4; k++)
-                value[4 * i + k] = (float)(((codes[i] >> (2 * k)) & 3) - 2) * scale;
-    else
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 8; k++)
-                value[8 * i + k] = (float)(2 * ((codes[i] >> k) & 1) - 1) * scale;
-}
-
-INLINE void decode_floats(const void *values, int64_t first, int64_t count, int64_t dtype,
-                          float *restrict value) {
-    if (dtype == FLOAT32) {
-        memcpy(value, (const float *)values + first, (size_t)count * sizeof(float));
-    } else if (dtype == BFLOAT16) {
-        const uint16_t *from = (const uint16_t *)values + first;
-        for (int64_t i = 0; i < count; i++) value[i] = from_bfloat16(from[i]);
-    } else {
-        const uint16_t *from = (const uint16_t *)values + first;
-        for (int64_t i = 0; i < count; i++) value[i] = from_half(from[i]);
+/* `groups` times eight numbers of `bits` bits from a byte on. */
+#define SMALL_NUMBERS(FROM, BITS, STATEMENT)                                             \
+    for (int64_t g = 0; g < groups; g++) {                                               \
+        uint32_t packed = 0;                                                             \
+        memcpy(&packed, (FROM) + g * (BITS), BITS);                                      \
+        words shift = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS}; \
+        ints number = (ints)((((words){0} + little_endian(packed)) >> shift) & ((1u << BITS) - 1)); \
+        STATEMENT;                                                                       \
     }
-}
 
-INLINE void decode_offsets(const delta *d, int64_t row, int64_t first, int64_t count,
+/* Columns of 8 * groups blocks, whose offsets begin at `from`; each within its block, whatever the
+ * tensors hold. */
+INLINE void decode_offsets(int64_t block, const uint8_t *from, int64_t groups,
                            const int32_t *restrict start, int32_t *restrict column) {
-    if (d->block == 1) {
-        for (int64_t i = 0; i < count; i++) column[i] = start[i];
-    } else if (d->block <= 16) {
-        const uint8_t *offset = d->offsets + row * ((d->slots + 1) / 2) + first / 2;
-        for (int64_t i = 0; i < (count + 1) / 2; i++)
-            for (int k = 0; k < 2; k++)
-                column[2 * i + k] = start[2 * i + k] + ((offset[i] >> (4 * k)) & 15);
-    } else if (d->block <= 256) {
-        const uint8_t *offset = d->offsets + row * d->slots + first;
-        for (int64_t i = 0; i < count; i++) column[i] = start[i] + offset[i];
-    } else {
-        const uint16_t *offset = (const uint16_t *)d->offsets + row * d->slots + first;
-        for (int64_t i = 0; i < count; i++) column[i] = start[i] + offset[i];
-    }
+    int32_t most = (int32_t)block - 1;
+#define COLUMN                                                                           \
+    ints over = number > most;                                                           \
+    *(ints *)(column + 8 * g) = *(const ints *)(start + 8 * g) + ((number & ~over) | (most & over))
+    if (block == 1) memcpy(column, start, (size_t)(8 * groups) * sizeof(int32_t));
+    else if (block <= 16) SMALL_NUMBERS(from, 4, COLUMN)
+    else if (block <= 256)
+        for (int64_t i = 0; i < 8 * groups; i++) column[i] = start[i] + (from[i] < most ? from[i] : most);
+    else
+        for (int64_t i = 0; i < 8 * groups; i++) {
+            int32_t number = ((const uint16_t *)from)[i];
+            column[i] = start[i] + (number < most ? number : most);
+        }
+#undef COLUMN
 }
 
-/* The entries of a row in columns low … high - 1: `*begin` is where they begin; where they end.
- * No column outside is ever given, whatever the tensors hold. */
-VECTORS static int64_t blocked_row(const delta *d, int64_t row, int64_t low, int64_t high,
-                                   decoded *out, int64_t *begin) {
-    /* Eight blocks begin a byte at all bits. */
-    int64_t first = (low + d->phase) / d->block / 8 * 8;
-    int64_t last = smaller((high + d->phase + d->block - 1) / d->block, d->slots);
-    int64_t count = last - first;
-    *begin = 0;
-    if (count <= 0) return 0;
-    int32_t *column = out->column;
-    float *value = out->value;
-    decode_offsets(d, row, first, count, out->block_start + first, column);
-    if (d->bits >= 16) {
-        decode_floats(d->values, row * d->slots + first, count, d->value_dtype, value);
-    } else {
-        int64_t row_bytes = (d->slots * d->bits + 7) / 8;
-        const uint8_t *codes = (const uint8_t *)d->values + row * row_bytes + first * d->bits / 8;
-        decode_codes(codes, count, (int)d->bits, d->scales[row], value);
-    }
-    /* Only blocks that do not lie within for every offset that can be stored need a look. */
-    int64_t most = d->block == 1 ? 0 : d->block <= 16 ? 15 : d->block <= 256 ? 255 : 65535;
-    int64_t head = (low + d->phase + d->block - 1) / d->block - first;
-    int64_t tail = larger((high - 1 - most + d->phase) / d->block + 1 - first, 0);
-    if (high - 1 - most + d->phase < 0) tail = 0;
-    head = smaller(head, count);
-    tail = larger(smaller(tail, count), head);
-    int64_t from = head, to = tail;
-    for (int64_t i = head - 1; i >= 0; i--)
-        if (column[i] >= low && column[i] < high) {
-            from--;
-            column[from] = column[i];
-            value[from] = value[i];
-        }
-    for (int64_t i = tail; i < count; i++)
-        if (column[i] >= low && column[i] < high) {
-            column[to] = column[i];
-            value[to] = value[i];
-            to++;
-        }
-    *begin = from;
-    return to;
+/* 8 * groups values that begin at `from`. */
+INLINE void decode_values(int64_t bits, int64_t dtype, float scale, const uint8_t *from,
+                          int64_t groups, float *restrict value) {
+#define VALUE(NUMBER) *(eight *)(value + 8 * g) = __builtin_convertvector(NUMBER, eight) * scale
+    if (bits == 8)
+        for (int64_t i = 0; i < 8 * groups; i++) value[i] = (float)(from[i] - 128) * scale;
+    else if (bits == 4) SMALL_NUMBERS(from, 4, VALUE(number - 8))
+    else if (bits == 2) SMALL_NUMBERS(from, 2, VALUE(number - 2))
+    else if (bits == 1) SMALL_NUMBERS(from, 1, VALUE(number * 2 - 1))
+    else if (dtype == FLOAT32) memcpy(value, from, (size_t)(8 * groups) * sizeof(float));
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < 8 * groups; i++)
+            value[i] = from_bfloat16(((const uint16_t *)from)[i]);
+    else
+        for (int64_t i = 0; i < 8 * groups; i++) value[i] = from_half(((const uint16_t *)from)[i]);
+#undef VALUE
 }
 
-static int64_t compressed_row(const delta *d, int64_t row, int64_t low, int64_t high,
-                              decoded *out, int64_t width, int64_t *begin) {
+static void prepare(const delta *d, part *p) {
+    if (d->kind != BLOCKED) return;
+    int64_t block = d->block, eight_blocks = 8 * block;
+    p->offset_bits = block == 1 ? 0 : block <= 16 ? 4 : block <= 256 ? 8 : 16;
+    p->first = (p->low + d->phase) / eight_blocks;
+    int64_t last = (p->high + d->phase + eight_blocks - 1) / eight_blocks;
+    p->groups = smaller(last, d->slots / 8) - p->first;
+    p->inside = (p->low + d->phase + eight_blocks - 1) / eight_blocks - p->first;
+    p->outside = (p->high + d->phase) / eight_blocks - p->first;
+    for (int64_t j = 0; j < d->slots; j++) p->block_start[j] = (int32_t)(j * block - d->phase);
+}
+
+/* The entries of a row, and perhaps some zeros in column `low`; how many. */
+VECTORS static int64_t blocked_row(const delta *d, int64_t row, const part *p, decoded *out) {
+    int64_t groups = p->groups;
+    if (groups <= 0) return 0;
+    int64_t at = row * (d->slots / 8) + p->first;
+    decode_offsets(d->block, d->offsets + at * p->offset_bits, groups,
+                   p->block_start + 8 * p->first, out->column);
+    decode_values(d->bits, d->value_dtype, d->bits < 16 ? d->scales[row] : 1.0f,
+                  (const uint8_t *)d->values + at * d->bits, groups, out->value);
+    for (int64_t g = 0; g < groups; g++) {
+        if (g >= p->inside && g < p->outside) g = p->outside;
+        if (g >= groups) break;
+        ints *column = (ints *)(out->column + 8 * g), *value = (ints *)(out->value + 8 * g);
+        ints within = (*column >= (int32_t)p->low) & (*column < (int32_t)p->high);
+        *column = (*column & within) | ((int32_t)p->low & ~within);
+        *value &= within;
+    }
+    return 8 * groups;
+}
+
+/* The same of compressed rows. */
+static int64_t compressed_row(const delta *d, int64_t row, const part *p, decoded *out) {
     int64_t first = larger(d->row_starts[row], 0);
-    int64_t last = smaller(smaller(d->row_starts[row + 1], d->survivors), first + width);
-    int64_t kept = 0;
+    int64_t last = smaller(smaller(d->row_starts[row + 1], d->survivors), first + p->width);
+    int64_t kept = 0, mask = ((int64_t)1 << d->bits) - 1;
+    int64_t zero = (int64_t)1 << (d->bits - 1);
     float scale = d->bits >= 16 ? 1.0f : d->scales[row];
-    int64_t zero = d->bits == 1 ? 0 : (int64_t)1 << (d->bits - 1), mask = ((int64_t)1 << d->bits) - 1;
     for (int64_t i = first; i < last; i++) {
         int64_t column = d->index_bytes == 2 ? ((const uint16_t *)d->column_index)[i]
                                              : ((const int32_t *)d->column_index)[i];
         float value;
-        if (d->bits >= 16) {
-            decode_floats(d->values, i, 1, d->value_dtype, &value);
-        } else {
+        if (d->bits < 16) {
             int64_t bit = i * d->bits;
             int64_t code = ((const uint8_t *)d->values)[bit >> 3] >> (bit & 7) & mask;
             value = (float)(d->bits == 1 ? 2 * code - 1 : code - zero) * scale;
+        } else if (d->value_dtype == FLOAT32) {
+            value = ((const float *)d->values)[i];
+        } else {
+            uint16_t half = ((const uint16_t *)d->values)[i];
+            value = d->value_dtype == BFLOAT16 ? from_bfloat16(half) : from_half(half);
         }
         out->column[kept] = (int32_t)column;
         out->value[kept] = value;
-        kept += (column >= low) & (column < high);
+        kept += (column >= p->low) & (column < p->high);
     }
-    *begin = 0;
     return kept;
 }
 
-static int64_t decode_row(const delta *d, int64_t row, int64_t low, int64_t high, decoded *out,
-                          int64_t width, int64_t *begin) {
-    return d->kind == BLOCKED ? blocked_row(d, row, low, high, out, begin)
-                              : compressed_row(d, row, low, high, out, width, begin);
+static int64_t decode_row(const delta *d, int64_t row, const part *p, decoded *out) {
+    return d->kind == BLOCKED ? blocked_row(d, row, p, out) : compressed_row(d, row, p, out);
 }
 
 /* ---- products; `tokens` of them lie side by side: 1, 4, 8, 16 or 32 ---- */
+
+/* Σ value[i] * x[column[i]]; gathering into vectors takes longer than it saves. */
+SCALAR static float gather_one(const int32_t *restrict column, const float *restrict value,
+                               int64_t count, const float *restrict x) {
+    float a = 0, b = 0, c = 0, d = 0; /* apart, so that none waits for another */
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        a += value[i] * x[column[i]];
+        b += value[i + 1] * x[column[i + 1]];
+        c += value[i + 2] * x[column[i + 2]];
+        d += value[i + 3] * x[column[i + 3]];
+    }
+    for (; i < count; i++) a += value[i] * x[column[i]];
+    return (a + b) + (c + d);
+}
 
 /* sum[t] = Σ value[i] * x[column[i] * tokens + t] */
 VECTORS static void gather(const int32_t *restrict column, const float *restrict value,
                            int64_t count, const float *restrict x, int tokens,
                            float *restrict sum) {
     int64_t i = 0;
-    if (tokens == 1) {
-        float sums[8] = {0}; /* apart, so that none waits for another */
-        for (; i + 8 <= count; i += 8)
-            for (int k = 0; k < 8; k++) sums[k] += value[i + k] * x[column[i + k]];
-        for (; i < count; i++) sums[0] += value[i] * x[column[i]];
-        sum[0] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-                 ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-    } else if (tokens == 4) {
+    if (tokens == 4) {
         four sums[4] = {{0}};
         for (; i + 4 <= count; i += 4)
             for (int k = 0; k < 4; k++)
@@ -322,9 +338,10 @@ EXPORT int dare_add_products(const delta *deltas, int64_t count, const float *we
     if (!memory) return -1;
     decoded out;
     out.column = (int32_t *)aligned(&room, width + ROOM);
-    out.block_start = (int32_t *)aligned(&room, width + ROOM);
     out.value = aligned(&room, width + ROOM);
     float *own = aligned(&room, inputs * most), *sum = aligned(&room, sums);
+    part p = {.low = transposed ? low : 0, .high = transposed ? high : columns, .width = width};
+    p.block_start = (int32_t *)aligned(&room, width + ROOM);
     for (int64_t slot = 0; slot < count; slot++) {
         const delta *d = deltas + slot;
         if (d->kind == NO_DELTA) continue;
@@ -336,21 +353,17 @@ EXPORT int dare_add_products(const delta *deltas, int64_t count, const float *we
             for (; next < total && n < TOKENS; next++)
                 if (token_slot[next] == slot) token[n++] = next;
             if (!n) break;
-            if (!prepared && d->kind == BLOCKED)
-                for (int64_t j = 0; j < d->slots + ROOM; j++)
-                    out.block_start[j] = (int32_t)(j * d->block - d->phase);
+            if (!prepared) prepare(d, &p);
             prepared = 1;
             int tokens = lanes(n);
             const float *from = own;
             if (tokens == 1 && x_dtype == FLOAT32) from = (const float *)x + token[0] * x_stride;
             else load_tokens(x, x_dtype, x_stride, token, n, tokens, inputs, own);
-            int64_t begin, end;
             if (transposed) {
                 memset(sum, 0, (size_t)((high - low) * tokens) * sizeof(float));
                 for (int64_t row = 0; row < rows; row++) {
-                    end = decode_row(d, row, low, high, &out, width, &begin);
-                    scatter(out.column + begin, out.value + begin, end - begin,
-                            from + row * tokens, tokens, low, sum);
+                    int64_t found = decode_row(d, row, &p, &out);
+                    scatter(out.column, out.value, found, from + row * tokens, tokens, low, sum);
                 }
                 add_tokens(sum, high - low, tokens, weight, token, n, y, y_dtype, y_stride, low);
                 continue;
@@ -358,9 +371,9 @@ EXPORT int dare_add_products(const delta *deltas, int64_t count, const float *we
             for (int64_t row = low; row < high; row += ROWS) {
                 int64_t strip = smaller(high - row, ROWS);
                 for (int64_t r = 0; r < strip; r++) {
-                    end = decode_row(d, row + r, 0, columns, &out, width, &begin);
-                    gather(out.column + begin, out.value + begin, end - begin, from, tokens,
-                           sum + r * tokens);
+                    int64_t found = decode_row(d, row + r, &p, &out);
+                    if (tokens == 1) sum[r] = gather_one(out.column, out.value, found, from);
+                    else gather(out.column, out.value, found, from, tokens, sum + r * tokens);
                 }
                 add_tokens(sum, strip, tokens, weight, token, n, y, y_dtype, y_stride, row);
             }
