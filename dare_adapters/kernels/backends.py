@@ -62,6 +62,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
+_ranked: list[Backend] = []  # of those that "auto" may take, the best first
 
 
 def register_backend(
@@ -74,6 +75,8 @@ def register_backend(
 
     def register(add_product: AddProduct) -> AddProduct:
         _backends[name] = Backend(name, add_product, serves, rank)
+        ranked = [one for one in _backends.values() if one.rank is not None]
+        _ranked[:] = sorted(ranked, key=lambda one: one.rank or 0, reverse=True)
         return add_product
 
     return register
@@ -91,8 +94,7 @@ def choose_backend(name: str, x: torch.Tensor, y: torch.Tensor) -> Backend:
         ValueError: there is no such back end, or it cannot be used here.
     """
     if name == AUTO:
-        ranked = [one for one in _backends.values() if one.rank is not None and one.serves(x, y)]
-        return max(ranked, key=lambda one: one.rank or 0)
+        return next(one for one in _ranked if one.serves(x, y))
     if name not in _backends:
         raise ValueError(f"no back end {name!r}; there are {', '.join(backend_names())}")
     if not _backends[name].serves(x, y):

@@ -6,6 +6,7 @@ Outputs are shared out among threads, so a sum never depends on how many there a
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,70 +81,71 @@ def add_product(
     weights: torch.Tensor | None,
 ) -> None:
     """See :class:`AddProduct`; a dense delta is PyTorch's to multiply."""
-    sparse = [delta if delta is not None and delta.layout.is_sparse else None for delta in deltas]
-    if any(delta is not None for delta in sparse) and x.numel() and y.numel():
-        _add_sparse(x, sparse, token_slot, y, transposed, weights)
-    dense = [delta if own is None else None for delta, own in zip(deltas, sparse, strict=True)]
+    described, width = (_Delta * len(deltas))(), 0
+    dense: list[PackedDelta | None] = []
+    for slot, delta in enumerate(deltas):
+        if delta is None or not delta.layout.is_sparse:
+            dense.append(delta)
+            continue
+        dense.append(None)
+        found = _known.get(delta)
+        if found is None:
+            found = _known[delta] = _describe(delta)
+        described[slot] = found
+        width = max(width, delta.layout.width)
+    if width and len(x):
+        _add_sparse(x, described, width, token_slot, y, transposed, weights)
     if any(delta is not None for delta in dense):
         add_dense_product(x, dense, token_slot, y, transposed=transposed, weights=weights)
 
 
 def _add_sparse(
     x: torch.Tensor,
-    deltas: Sequence[PackedDelta | None],
+    described: ctypes.Array[_Delta],
+    width: int,
     token_slot: torch.Tensor,
     y: torch.Tensor,
     transposed: bool,
     weights: torch.Tensor | None,
 ) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
+    out = y if y.stride(1) == 1 else y.contiguous()
     token_slot = token_slot.to(torch.int64).contiguous()
     weights = None if weights is None else weights.to(torch.float32).contiguous()
-    out = y if y.stride(1) == 1 else y.contiguous()
-    described = (_Delta * len(deltas))(*[_described(delta) for delta in deltas])
-    width = max(delta.layout.width for delta in deltas if delta is not None)
-    inputs, outputs = x.shape[1], y.shape[1]
+    (tokens, inputs), outputs = x.shape, y.shape[1]
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
+    arguments = (
+        described, len(described), None if weights is None else weights.data_ptr(),
+        token_slot.data_ptr(), tokens, rows, columns, width, x.data_ptr(), DTYPES[x.dtype],
+        x.stride(0), out.data_ptr(), DTYPES[out.dtype], out.stride(0), transposed,
+    )  # fmt: skip
+    work = rows * width * max(1, tokens // 8)
+    parts = 1 if work < 2 * WORTH_A_THREAD else _parts(work, outputs)
 
-    def add(low: int, high: int) -> None:
-        failed = _library().dare_add_products(
-            described, len(deltas), None if weights is None else weights.data_ptr(),
-            token_slot.data_ptr(), len(token_slot), rows, columns, width, x.data_ptr(),
-            DTYPES[x.dtype], x.stride(0), out.data_ptr(), DTYPES[out.dtype], out.stride(0),
-            transposed, low, high,
-        )  # fmt: skip
-        if failed:
-            raise MemoryError(f"no memory to hold {len(token_slot)} tokens of {inputs} inputs")
+    def add(low: int, high: int) -> bool:
+        return bool(_library().dare_add_products(*arguments, low, high))
 
-    work = rows * width * max(1, len(token_slot) // 8)
-    parts = min(torch.get_num_threads(), work // WORTH_A_THREAD, outputs // TOGETHER)
-    if parts <= 1:
-        add(0, outputs)
+    if parts == 1:
+        failed = add(0, outputs)
     else:
         borders = [outputs * part // parts // TOGETHER * TOGETHER for part in range(parts)]
-        ends = [*borders[1:], outputs]
-        others = [_pool().submit(add, *share) for share in zip(borders[1:], ends[1:], strict=True)]
-        add(borders[0], ends[0])
-        for other in others:
-            other.result()
+        shares = [*itertools.pairwise([*borders, outputs])]
+        others = [_pool().submit(add, *share) for share in shares[1:]]
+        failed = any([add(*shares[0]), *(other.result() for other in others)])
+    if failed:
+        raise MemoryError(f"no memory to hold {tokens} tokens of {inputs} inputs")
     if out is not y:
         y.copy_(out)
     elif not y.is_inference():
         torch.autograd.graph.increment_version(y)
 
 
-_NOTHING = _Delta()
+def _parts(work: int, outputs: int) -> int:
+    return max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD, outputs // TOGETHER))
+
+
+# Deltas as the loops see them; valid as long as the delta, which keeps its tensors.
 _known: WeakKeyDictionary[PackedDelta, _Delta] = WeakKeyDictionary()
-
-
-def _described(delta: PackedDelta | None) -> _Delta:
-    """A delta as the loops see it; valid as long as the delta, which keeps its tensors."""
-    if delta is None:
-        return _NOTHING
-    found = _known.get(delta)
-    if found is None:
-        found = _known[delta] = _describe(delta)
-    return found
 
 
 def _describe(delta: PackedDelta) -> _Delta:

@@ -33,7 +33,17 @@ class PackedDelta:
     Args:
         layout: what the tensors mean; see :mod:`blocked`, :mod:`compressed_rows` and
             :mod:`dense_rows` for the tensors of each.
-        tensors: by name, as `layout.declare()` says, all on one device and contiguous.
+        tensors: by name, as `layout.declare()` says, all on one device.
+
+    Attributes:
+        layout: hashable, and equal for deltas that one compiled kernel serves; `layout.declare()`
+            names the tensors with their shapes and dtypes.
+        shape: of the parameter.
+        rows, columns: R and C.
+        bits: of a value: 32 or 16 (floats), or 8, 4, 2, 1 (codes).
+        dtype: of the stored values; uint8 where they are codes.
+        device: where the tensors are.
+        nbytes: bytes of all tensors.
 
     Raises:
         AdapterFormatError: a tensor is missing or of another shape or dtype.
@@ -53,8 +63,11 @@ class PackedDelta:
                     f"{name} of a packed delta should be {dtype} {shape}, not {found}; if a module "
                     f"was cast as a whole, keep packed tensors out of the cast"
                 )
-        self._layout = layout
+        self.layout = layout
+        self.shape, self.rows, self.columns = layout.shape, layout.rows, layout.columns
+        self.bits, self.dtype, self.nbytes = layout.bits, layout.dtype, layout.nbytes
         self._tensors = {name: tensors[name].contiguous() for name in declared}
+        self.device = self._tensors["values"].device
 
     @classmethod
     def from_delta(cls, delta: Delta, *, device: torch.device | str | None = None) -> PackedDelta:
@@ -75,59 +88,17 @@ class PackedDelta:
         """What `layout` and :meth:`tensors` of another describe, from those tensors."""
         return cls(layout, tensors)
 
-    @property
-    def layout(self) -> Layout:
-        """What the tensors mean; hashable, and equal for deltas that one compiled kernel serves.
-
-        `layout.declare()` names the tensors with their shapes and dtypes.
-        """
-        return self._layout
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors, by name."""
         return dict(self._tensors)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
-        return self._layout.shape
-
-    @property
-    def rows(self) -> int:
-        """R."""
-        return self._layout.rows
-
-    @property
-    def columns(self) -> int:
-        """C."""
-        return self._layout.columns
-
-    @property
-    def bits(self) -> int:
-        """Of a value: 32 or 16 (floats), or 8, 4, 2, 1 (codes)."""
-        return self._layout.bits
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored values; uint8 where they are codes."""
-        return self._layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._tensors["values"].device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self._layout.nbytes
-
     def __repr__(self) -> str:
-        return f"PackedDelta({self._layout}, nbytes={self.nbytes}, device='{self.device}')"
+        return f"PackedDelta({self.layout}, nbytes={self.nbytes}, device='{self.device}')"
 
     def to(self, device: torch.device | str) -> PackedDelta:
         """The same on a device."""
         moved = {name: one.to(device) for name, one in self._tensors.items()}
-        return PackedDelta(self._layout, moved)
+        return PackedDelta(self.layout, moved)
 
     def slice_rows(self, start: int, stop: int) -> PackedDelta:
         """Rows start … stop - 1 alone, as a tensor-parallel rank holds them.
@@ -136,7 +107,7 @@ class PackedDelta:
             ValueError: there are no such rows.
         """
         _check_range("rows", start, stop, self.rows)
-        return PackedDelta(*self._layout.slice_rows(self._tensors, start, stop))
+        return PackedDelta(*self.layout.slice_rows(self._tensors, start, stop))
 
     def slice_columns(self, start: int, stop: int) -> PackedDelta:
         """Columns start … stop - 1 alone; they need not lie on the borders of blocks.
@@ -145,7 +116,7 @@ class PackedDelta:
             ValueError: there are no such columns.
         """
         _check_range("columns", start, stop, self.columns)
-        return PackedDelta(*self._layout.slice_columns(self._tensors, start, stop))
+        return PackedDelta(*self.layout.slice_columns(self._tensors, start, stop))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The whole change, of `shape`; in float32 bit for bit `Delta.dense()`."""
@@ -158,7 +129,7 @@ class PackedDelta:
 
     def matrix(self, start: int, stop: int) -> torch.Tensor:
         """Rows start … stop - 1 made dense, float32 (n, C)."""
-        return self._layout.matrix(self._tensors, slice(start, stop))
+        return self.layout.matrix(self._tensors, slice(start, stop))
 
     def rows_at(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows made dense, float32 (len(index), C), as an embedding's look-up needs them.
@@ -166,7 +137,7 @@ class PackedDelta:
         Args:
             index: int (n,), rows in any order, with repeats.
         """
-        return self._layout.matrix(self._tensors, index.to(torch.int64))
+        return self.layout.matrix(self._tensors, index.to(torch.int64))
 
 
 def _pack(delta: Delta) -> tuple[Layout, Tensors]:

@@ -149,14 +149,15 @@ def _run(
     transposed: bool,
     backend: str,
 ) -> None:
-    chosen = choose_backend(backend, x, y)
     kind = y.device.type
-    with torch.no_grad():
-        if torch.is_autocast_enabled(kind):  # which would multiply in half precision
-            with torch.autocast(kind, enabled=False):
-                chosen.add_product(x, deltas, token_slot, y, transposed=transposed, weights=weights)
-        else:
-            chosen.add_product(x, deltas, token_slot, y, transposed=transposed, weights=weights)
+    if torch.is_autocast_enabled(kind):  # which would multiply in half precision
+        with torch.autocast(kind, enabled=False):
+            return _run(x, deltas, token_slot, weights, y, transposed, backend)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _run(x, deltas, token_slot, weights, y, transposed, backend)
+    chosen = choose_backend(backend, x, y)
+    chosen.add_product(x, deltas, token_slot, y, transposed=transposed, weights=weights)
 
 
 def _flattened(deltas: Sequence[PackedDelta | None]) -> tuple[list[torch.Tensor], list[int]]:
