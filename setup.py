@@ -20,8 +20,15 @@ setup(
             optional=True,
         ),
         Extension(
+            "dare_adapters._selection",
+            ["dare_adapters/_selection.c"],
+            extra_compile_args=FLAGS,
+            depends=HEADERS,
+            optional=True,
+        ),
+        Extension(
             "dare_adapters.combine._loops",
-            [f"dare_adapters/combine/_{name}.c" for name in ("magprune",)],
+            [f"dare_adapters/combine/_{name}.c" for name in ("magprune", "survivors")],
             include_dirs=["dare_adapters"],
             extra_compile_args=FLAGS,
             depends=HEADERS,

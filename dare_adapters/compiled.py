@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "DTYPES",
     "Where",
     "above",
     "abs_sum",
@@ -39,7 +40,8 @@ __all__ = [
     "values_between",
 ]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As `_floats.h` numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @lru_cache(maxsize=1)
@@ -141,7 +143,7 @@ def survivors(
     valid = torch.empty(stop - start, dtype=torch.bool)
     values = torch.empty(stop - start, slots)
     _library().dare_survivors(
-        *where, start, stop, _DTYPES[base.dtype], base.data_ptr(), _DTYPES[finetuned.dtype],
+        *where, start, stop, DTYPES[base.dtype], base.data_ptr(), DTYPES[finetuned.dtype],
         finetuned.data_ptr(), factor, index.data_ptr(), valid.data_ptr(), values.data_ptr(),
     )  # fmt: skip
     return index, valid, values
@@ -169,7 +171,7 @@ def apply_rows(
     change, sums = torch.empty(2, slots + 8).unbind()
     _library().dare_apply(
         *where, start, stop, bits, packed.data_ptr(), scales.data_ptr(), weight,
-        _DTYPES[target.dtype], target.data_ptr(), row_stride, originals.data_ptr(),
+        DTYPES[target.dtype], target.data_ptr(), row_stride, originals.data_ptr(),
         room.data_ptr(), change.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return originals
@@ -321,7 +323,7 @@ def add_at(
     """Add to some entries of `target` (flat), in place; what was there, if it is to be kept."""
     originals = torch.empty(len(index), dtype=target.dtype) if keep else None
     _library().dare_add_at(
-        _DTYPES[target.dtype], target.data_ptr(), index.data_ptr(), change.data_ptr(), len(index),
+        DTYPES[target.dtype], target.data_ptr(), index.data_ptr(), change.data_ptr(), len(index),
         None if originals is None else originals.data_ptr(),
     )  # fmt: skip
     return originals
@@ -340,7 +342,7 @@ def add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """base + change (float32) in float32, rounded once to the dtype of `base` (flat)."""
     total = torch.empty_like(base)
     _library().dare_add(
-        _DTYPES[base.dtype], base.data_ptr(), change.data_ptr(), len(base), total.data_ptr()
+        DTYPES[base.dtype], base.data_ptr(), change.data_ptr(), len(base), total.data_ptr()
     )
     return total
 
@@ -364,8 +366,8 @@ def bernoulli_survivors(
     room = (stop - start) * columns + 1
     index, values = torch.empty(room, dtype=torch.int64), torch.empty(room)
     count = _library().dare_bernoulli(
-        seed, key, columns, threshold, start, stop, _DTYPES[base.dtype], base.data_ptr(),
-        _DTYPES[finetuned.dtype], finetuned.data_ptr(), factor, index.data_ptr(),
+        seed, key, columns, threshold, start, stop, DTYPES[base.dtype], base.data_ptr(),
+        DTYPES[finetuned.dtype], finetuned.data_ptr(), factor, index.data_ptr(),
         values.data_ptr(),
     )  # fmt: skip
     return index[:count], values[:count]
@@ -396,9 +398,9 @@ def elect(
 
 def _pair(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[int, int, int, int, int]:
     return (
-        _DTYPES[base.dtype],
+        DTYPES[base.dtype],
         base.data_ptr(),
-        _DTYPES[finetuned.dtype],
+        DTYPES[finetuned.dtype],
         finetuned.data_ptr(),
         len(base),
     )
@@ -406,7 +408,7 @@ def _pair(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[int, int, int, i
 
 def can_use(tensor: torch.Tensor) -> bool:
     """Whether the loops know the dtype and reach the memory of a tensor."""
-    return available() and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+    return available() and tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
 def can_read(packed: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from dare_adapters.shared_library import load_library
 
-__all__ = ["available", "magprune"]
+__all__ = ["available", "gather", "magprune", "untouched"]
 
 
 @lru_cache(maxsize=1)
@@ -27,6 +27,10 @@ def _declare(library: Any) -> None:
         word, word, size, size, size, place, place, size, *[place] * 11,
     ]  # fmt: skip
     library.dare_magprune.restype = size
+    library.dare_gather.argtypes = [place, place, size, size, ctypes.c_int, place, place]
+    library.dare_gather.restype = ctypes.c_double
+    library.dare_untouched.argtypes = [size, place, size, size, place]
+    library.dare_untouched.restype = None
 
 
 def available() -> bool:
@@ -70,6 +74,36 @@ def magprune(
         own.data_ptr(), places.data_ptr(), kept.data_ptr(),
     )  # fmt: skip
     return places[:count], kept[:count]
+
+
+def gather(
+    index: torch.Tensor | None, values: torch.Tensor, offset: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Positions `offset` further on, values, and Σ|values|, one that comes twice counted once.
+
+    Args:
+        index, values: as `Delta.read` returns them.
+        dtype: of the positions, int32 or int64.
+    """
+    places, kept = torch.empty(len(values), dtype=dtype), torch.empty(len(values))
+    total = _library().dare_gather(
+        None if index is None else index.data_ptr(), values.data_ptr(), len(values), offset,
+        dtype == torch.int64, places.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
+    return places, kept, float(total)
+
+
+def untouched(values: torch.Tensor) -> torch.Tensor:
+    """The sign bit where every value is -0, else 0, int32 (m,).
+
+    Args:
+        values: float32 (k, m), rows contiguous.
+    """
+    signs = torch.empty(values.shape[1], dtype=torch.int32)
+    _library().dare_untouched(
+        len(values), values.data_ptr(), values.stride(0), values.shape[1], signs.data_ptr()
+    )
+    return signs
 
 
 # As `_magprune.c` has it.
