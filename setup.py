@@ -5,23 +5,42 @@ Everything else is in setup.cfg.
 
 from setuptools import Extension, setup
 
+HEADERS = [f"dare_adapters/_{name}.h" for name in ("codes", "difference", "floats", "support")]
+# No fused multiply-add: results are those of PyTorch, bit for bit. Comparisons with NaN raise no
+# flag that anybody reads, so that loops with conditions in them become vectors.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
+
 setup(
     ext_modules=[
         Extension(
             "dare_adapters._rows",
             ["dare_adapters/_rows.c"],
-            # No fused multiply-add: results are those of PyTorch, bit for bit.
-            extra_compile_args=["-O3", "-ffp-contract=off"],
-            depends=["dare_adapters/_floats.h"],
+            extra_compile_args=FLAGS,
+            depends=HEADERS,
+            optional=True,
+        ),
+        Extension(
+            "dare_adapters._selection",
+            ["dare_adapters/_selection.c"],
+            extra_compile_args=FLAGS,
+            depends=HEADERS,
+            optional=True,
+        ),
+        Extension(
+            "dare_adapters.combine._loops",
+            [f"dare_adapters/combine/_{name}.c" for name in ("magprune", "survivors")],
+            include_dirs=["dare_adapters"],
+            extra_compile_args=FLAGS,
+            depends=HEADERS,
             optional=True,
         ),
         Extension(
             "dare_adapters.kernels._product",
             ["dare_adapters/kernels/_product.c"],
             include_dirs=["dare_adapters"],
-            depends=["dare_adapters/_floats.h"],
             # Its sums have no other to equal bit for bit.
             extra_compile_args=["-O3", "-ffp-contract=fast"],
+            depends=HEADERS,
             optional=True,
         ),
     ]

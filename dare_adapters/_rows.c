@@ -3,71 +3,9 @@
  * sparse deltas. Each gives bit for bit what the Python beside it computes.
  * Compiled where there is a compiler (see setup.py) and called through ctypes by compiled.py. */
 
-#include "_floats.h"
-
-typedef unsigned __int128 wide;
-
-/* Philox4x64-10 (Salmon et al., SC 2011), counter (c, 0, 0, 0). */
-static inline void philox(uint64_t seed, uint64_t key, uint64_t counter, uint64_t out[4]) {
-    uint64_t a = counter, b = 0, c = 0, d = 0;
-    for (int round = 0; round < 10; round++) {
-        wide one = (wide)0xD2E7470EE14C6C93u * a, two = (wide)0xCA5A826395121157u * c;
-        uint64_t next_a = (uint64_t)(two >> 64) ^ b ^ seed;
-        uint64_t next_c = (uint64_t)(one >> 64) ^ d ^ key;
-        b = (uint64_t)two;
-        d = (uint64_t)one;
-        a = next_a;
-        c = next_c;
-        seed += 0x9E3779B97F4A7C15u;
-        key += 0xBB67AE8584CAA73Bu;
-    }
-    out[0] = a; out[1] = b; out[2] = c; out[3] = d;
-}
-
-typedef struct {
-    uint64_t seed, key;
-    int64_t columns, block;
-} support;
-
-static int64_t slots_of(const support *s) { return (s->columns + s->block - 1) / s->block; }
-
-/* Counters of one round of philox_lanes. */
-enum { COUNTERS = 16 };
-
-/* The 16-bit lanes of counters first … first + COUNTERS - 1, in order. */
-static void philox_lanes(uint64_t seed, uint64_t key, uint64_t first, int64_t count,
-                         uint16_t *lanes) {
-    for (int64_t t = 0; t < count; t++) {
-        uint64_t words[4];
-        philox(seed, key, first + (uint64_t)t, words);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-        memcpy(lanes + 16 * t, words, sizeof words);
-#else
-        for (int lane = 0; lane < 16; lane++)
-            lanes[16 * t + lane] = (uint16_t)(words[lane >> 2] >> (16 * (lane & 3)));
-#endif
-    }
-}
-
-/* Columns of the survivors of one row; -1 where the last, shorter block keeps nothing. */
-VECTORS static void row_columns(const support *s, int64_t row, int64_t slots,
-                                int64_t *restrict column) {
-    const int64_t block = s->block, columns = s->columns;
-    if (block == 1) {
-        for (int64_t j = 0; j < slots; j++) column[j] = j;
-        return;
-    }
-    uint64_t counter = (uint64_t)(row * ((slots + 15) / 16));
-    uint16_t lanes[16 * COUNTERS];
-    for (int64_t first = 0; first < slots; first += 16 * COUNTERS, counter += COUNTERS) {
-        int64_t count = slots - first < 16 * COUNTERS ? slots - first : 16 * COUNTERS;
-        philox_lanes(s->seed, s->key, counter, (count + 15) / 16, lanes);
-        int64_t start = first * block;
-        for (int64_t j = 0; j < count; j++, start += block)
-            column[first + j] = start + (int64_t)((lanes[j] * (uint32_t)block) >> 16);
-    }
-    if (column[slots - 1] >= columns) column[slots - 1] = -1;
-}
+#include "_codes.h"
+#include "_difference.h"
+#include "_support.h"
 
 /* Flat positions of rows start … stop - 1, (n, slots); an unused last slot repeats the one before
  * it (0 where there is none) and valid[row] is 0. */
@@ -83,26 +21,6 @@ EXPORT void dare_positions(uint64_t seed, uint64_t key, int64_t columns, int64_t
         if (used) index[slots - 1] += (row - start) * columns;
         else index[slots - 1] = slots > 1 ? index[slots - 2] : 0;
     }
-}
-
-/* The codes of one row times its scale and the weight; writes up to seven entries too many. */
-VECTORS static void decode(const uint8_t *restrict codes, int64_t slots, int bits, float scale,
-                           float weight, float *restrict change) {
-    int64_t bytes = (slots * bits + 7) / 8;
-    if (bits == 8)
-        for (int64_t i = 0; i < bytes; i++) change[i] = (float)(codes[i] - 128) * scale * weight;
-    else if (bits == 4)
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 2; k++)
-                change[2 * i + k] = (float)(((codes[i] >> (4 * k)) & 15) - 8) * scale * weight;
-    else if (bits == 2)
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 4; k++)
-                change[4 * i + k] = (float)(((codes[i] >> (2 * k)) & 3) - 2) * scale * weight;
-    else
-        for (int64_t i = 0; i < bytes; i++)
-            for (int k = 0; k < 8; k++)
-                change[8 * i + k] = (float)(2 * ((codes[i] >> k) & 1) - 1) * scale * weight;
 }
 
 VECTORS static void add_bfloat16(const uint16_t *restrict old, const float *restrict change,
@@ -151,12 +69,6 @@ EXPORT void dare_apply(uint64_t seed, uint64_t key, int64_t columns, int64_t blo
         else if (dtype == FLOAT16) ROW(uint16_t, add_float16);
         else ROW(float, add_float32);
     }
-}
-
-static float read_float(const void *values, int64_t place, int dtype) {
-    if (dtype == FLOAT32) return ((const float *)values)[place];
-    uint16_t bits = ((const uint16_t *)values)[place];
-    return dtype == BFLOAT16 ? as_float((uint32_t)bits << 16) : from_half(bits);
 }
 
 /* dare_positions, and (fine-tune - base) * factor at each of them, (n, slots); 0 where unused.
@@ -223,29 +135,6 @@ EXPORT void dare_read(uint64_t seed, uint64_t key, int64_t columns, int64_t bloc
         }
     }
 }
-
-enum { STRIP = 1024 };
-
-/* Fine-tune minus base of up to STRIP consecutive entries. */
-VECTORS static void difference(int base_dtype, const void *base, int finetuned_dtype,
-                               const void *finetuned, int64_t first, int64_t count,
-                               float *restrict delta) {
-    if (base_dtype == BFLOAT16 && finetuned_dtype == BFLOAT16) {
-        const uint16_t *from = (const uint16_t *)base + first;
-        const uint16_t *to = (const uint16_t *)finetuned + first;
-        for (int64_t j = 0; j < count; j++)
-            delta[j] = as_float((uint32_t)to[j] << 16) - as_float((uint32_t)from[j] << 16);
-    } else if (base_dtype == FLOAT32 && finetuned_dtype == FLOAT32) {
-        const float *from = (const float *)base + first, *to = (const float *)finetuned + first;
-        for (int64_t j = 0; j < count; j++) delta[j] = to[j] - from[j];
-    } else {
-        for (int64_t j = 0; j < count; j++)
-            delta[j] = read_float(finetuned, first + j, finetuned_dtype) -
-                       read_float(base, first + j, base_dtype);
-    }
-}
-
-static inline float magnitude(float f) { return as_float(as_bits(f) & 0x7FFFFFFF); }
 
 /* How many of `count` differences are above `high` in magnitude; those from `low` to `high` go to
  * `inside`, which has room for all of them and one more, their number to `found`. */

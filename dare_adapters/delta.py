@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dare_adapters import codec, compiled
+from dare_adapters import codec, compiled, compiled_selection
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import BlockedSupport, Slots, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
@@ -127,6 +127,54 @@ class Delta(ABC):
         reach = size[size >= low]
         over = reach > high
         return int(over.sum()), reach[~over]
+
+    def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
+        """How many magnitudes of some rows are `value`, and where the last wanted one is.
+
+        Args:
+            wanted: 1 or more; nothing is counted beyond.
+
+        Returns:
+            Their number, and a flat position relative to row `start`, or None: there are fewer.
+        """
+        index, values = self.read(start, stop)
+        if compiled_selection.available():
+            return compiled_selection.values_equal(index, values.contiguous(), value, wanted)
+        equal = values.abs() == value
+        if index is not None and len(index) > 1:  # what comes twice counts once
+            equal[1:] &= index[1:] != index[:-1]
+        places = equal.nonzero().squeeze(1)
+        if len(places) < wanted:
+            return len(places), None
+        place = places[wanted - 1]
+        return wanted, int(place if index is None else index[place])
+
+    def read_kept(
+        self, support: Support, factor: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`read` of those entries that a support has too, times `factor`."""
+        index, values = self.read(start, stop)
+        if index is None:
+            index = torch.arange((stop - start) * self.columns)
+        if isinstance(support, BlockedSupport) and compiled.available():
+            where, slots = support.where, support.slots_per_row
+            return compiled.kept(where, slots, start, index, values.contiguous(), factor)
+        place = support.contains(index, start, stop).nonzero().squeeze(1)
+        return index[place], values[place] * factor
+
+    def fill(self, out: torch.Tensor, start: int, stop: int) -> None:
+        """The change of some rows where it is, float32 (n * columns,); -0 where there is none."""
+        _fill(out, *self.read(start, stop))
+
+    def fill_above(
+        self, out: torch.Tensor, value: float, last: float, start: int, stop: int
+    ) -> None:
+        """:meth:`read_above`, as :meth:`fill`."""
+        _fill(out, *self.read_above(value, last, start, stop))
+
+    def read_dense(self, start: int, stop: int) -> torch.Tensor | None:
+        """As :meth:`fill`, where that is sooner made than positions are; else None."""
+        return None
 
     def l1(self, start: int, stop: int) -> float:
         """The sum of the magnitudes of some rows."""
@@ -321,6 +369,45 @@ class SparseDelta(Delta):
         target.mark_written()
         return True
 
+    def read_kept(
+        self, support: Support, factor: float, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own = self._packed_support
+        if own is None or not isinstance(support, BlockedSupport):
+            return super().read_kept(support, factor, start, stop)
+        return compiled_selection.read_kept(
+            own.where, self.bits, self.values, self._row_scales, support.where, factor, start, stop
+        )
+
+    def l1(self, start: int, stop: int) -> float:
+        if self._packed_support is None:
+            return super().l1(start, stop)
+        magnitudes, counts = self.magnitude_counts(start, stop)
+        return float((magnitudes.to(torch.float64) * counts).sum())
+
+    @property
+    def counts_magnitudes(self) -> bool:
+        """Whether :meth:`magnitude_counts` is sooner made than entries are read."""
+        few = (1 << (self.bits - 1)) < self.support.slots_per_row // 2
+        return self._packed_support is not None and few
+
+    def magnitude_counts(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The magnitudes that occur in each row, float32 (n, k), and how often, int32 (n, k)."""
+        support = self._packed_support
+        assert support is not None
+        counts = compiled_selection.code_counts(support.where, self.bits, self.values, start, stop)
+        levels = torch.arange(counts.shape[1], dtype=torch.float32)
+        return levels * self._row_scales[start:stop, None], counts
+
+    @property
+    def _packed_support(self) -> BlockedSupport | None:
+        """The support, where the loops that choose among packed survivors can use it."""
+        support = self.support
+        if not isinstance(support, BlockedSupport) or not support.repeatable or self.bits >= 16:
+            return None
+        usable = compiled_selection.available() and compiled.can_read(self.values)
+        return support if usable else None
+
     def _compiled_support(self, target: MatrixView) -> compiled.Where | None:
         support = self.support
         if not isinstance(support, BlockedSupport) or not support.repeatable:
@@ -391,6 +478,17 @@ class SparseDelta(Delta):
             return None
         units = counts if self.bits >= 16 else -(-counts * self.bits // 8)
         return np.concatenate([[0], np.cumsum(units)])
+
+
+def _fill(out: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> None:
+    if index is None:
+        out.copy_(values)
+        return
+    out.fill_(-0.0)
+    if compiled.can_use(out) and out.is_contiguous():
+        compiled.accumulate(out, index, values.contiguous(), 1.0)
+    else:
+        out[index] = values
 
 
 def _full(slots: Slots) -> torch.Tensor:
@@ -504,7 +602,13 @@ def add_rows(
             else:
                 compiled.accumulate(total, index, values, weighted.weight)
         return compiled.add(base, total)
+    if usable and deltas[0].weight == 1.0:
+        dense = deltas[0].delta.read_dense(start, stop)
+        if dense is not None:
+            return compiled.add(base, dense)
     index, change = sum_rows(deltas, start, stop)
+    if index is None and usable:
+        return compiled.add(base, change.contiguous())
     if index is None:
         return change.add_(base.to(torch.float32)).to(base.dtype)
     made = base.clone()

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from dare_adapters import compiled
+from dare_adapters import compiled, compiled_selection
 from dare_adapters.checkpoint import Checkpoint, first_non_finite
 from dare_adapters.delta import Delta, NewParameter
 from dare_adapters.errors import CheckpointError
@@ -76,6 +76,10 @@ class ParameterDifference(Delta):
         both = (self.base, self.finetuned)
         return all(compiled.can_use(flat) and flat.is_contiguous() for flat in both)
 
+    @property
+    def _comparable(self) -> bool:
+        return compiled_selection.can_compare(self.base, self.finetuned)
+
     def at(self, index: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The delta at positions relative to row `start`, float32, shape of `index`."""
         low, high = start * self.columns, stop * self.columns
@@ -86,6 +90,8 @@ class ParameterDifference(Delta):
 
     def rows_between(self, start: int, stop: int) -> torch.Tensor:
         """The delta of whole rows, float32 (n * columns,)."""
+        if self._comparable:
+            return compiled_selection.difference(*self._flat(start, stop))
         low, high = start * self.columns, stop * self.columns
         finetuned = self.finetuned[low:high].to(torch.float32, copy=True)
         return finetuned.sub_(self.base[low:high].to(torch.float32))
@@ -112,6 +118,20 @@ class ParameterDifference(Delta):
             return super().read_above(value, last, start, stop)
         equal = (stop - start) * self.columns if last == math.inf else max(int(last), -1)
         return compiled.above(*self._flat(start, stop), value, equal)
+
+    def fill_above(
+        self, out: torch.Tensor, value: float, last: float, start: int, stop: int
+    ) -> None:
+        if not self._comparable:
+            super().fill_above(out, value, last, start, stop)
+            return
+        equal = (stop - start) * self.columns if last == math.inf else max(int(last), -1)
+        compiled_selection.trimmed(*self._flat(start, stop), value, equal, out)
+
+    def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
+        if not self._comparable:
+            return super().equal_to(value, wanted, start, stop)
+        return compiled_selection.equal(*self._flat(start, stop), value, wanted)
 
     def between(self, low: float, high: float, start: int, stop: int) -> tuple[int, torch.Tensor]:
         if not self.compiled:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from dare_adapters.combine import loops
 from dare_adapters.combine.arguments import number
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.linear import linear
@@ -20,6 +22,7 @@ from dare_adapters.combine.sparsify import RandomMasks, densities, per_delta, re
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError
+from dare_adapters.mask import parameter_key
 
 __all__ = ["della", "della_linear", "magprune"]
 
@@ -164,6 +167,13 @@ class _Magpruned(Delta):
         return self.delta.preparations()
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if loops.available():
+            index, values = self.delta.read(start, stop)
+            limits, probabilities = self._by_rank
+            return loops.magprune(
+                self.masks.seeds[self.place], parameter_key(self.masks.name), self.columns,
+                start, stop, index, values.contiguous(), limits, probabilities,
+            )  # fmt: skip
         step = max(1, _RANKED_ENTRIES // max(self.columns, 1))
         parts = []
         for first in range(start, stop, step):
@@ -176,6 +186,14 @@ class _Magpruned(Delta):
 
     def release(self) -> None:
         self.delta.release()
+
+    @cached_property
+    def _by_rank(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Limits of random bits, and what survivors are divided by, of every rank of a row."""
+        probabilities = self._probabilities(self.columns)
+        limits = torch.from_numpy(np.rint(probabilities * (1 << 32)).astype(np.int64))
+        factors = torch.from_numpy(probabilities.astype(np.float32)) if self.rescale else None
+        return limits, factors
 
     def _read_ranked(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         lanes = self.masks.lanes(self.place, self.delta, start, stop)

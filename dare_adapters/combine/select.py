@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dare_adapters.delta import Delta, NoChange, SparseDelta
@@ -74,6 +75,9 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
         return [EVERYTHING] * len(deltas)
     if keep <= 0:
         return [NOTHING] * len(deltas)
+    coded = [delta for delta in deltas if isinstance(delta, SparseDelta)]
+    if len(coded) == len(deltas) and all(delta.counts_magnitudes for delta in coded):
+        return _largest_codes(coded, keep)
     about = max(1, sum(delta.rows * delta.entries_per_row for delta in deltas))
     sample, share = _sample(deltas, about), min(1.0, keep / about)
     slack = _MARGIN * math.sqrt(max(share * (1 - share), 1e-4) / max(len(sample), 1))
@@ -105,26 +109,6 @@ def _at_most(delta: Delta) -> int:
     if isinstance(delta, SparseDelta):
         return delta.support.slot_count
     return delta.rows * delta.columns
-
-
-def _magnitudes(delta: Delta) -> Iterator[tuple[int, torch.Tensor | None, torch.Tensor]]:
-    """Start row, index, |values| of each range; a position that comes twice comes once."""
-    for start, stop in delta.row_ranges():
-        index, values = delta.read(start, stop)
-        if index is not None:
-            index, values = _once(index, values)
-        yield start, index, values.abs_()
-
-
-def _once(index: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without repeated positions, which follow each other."""
-    if len(index) < 2:
-        return index, values
-    repeated = index[1:] == index[:-1]
-    if not bool(repeated.any()):
-        return index, values
-    keep = torch.cat([torch.ones(1, dtype=torch.bool), ~repeated])
-    return index[keep], values[keep]
 
 
 def _sample(deltas: Sequence[Delta], stored: int) -> torch.Tensor:
@@ -162,13 +146,67 @@ def _cut_between_equals(deltas: Sequence[Delta], value: float, number: int) -> l
     found = []
     for delta in deltas:
         last: float = math.inf if number > 0 else -1
-        for start, index, magnitudes in _magnitudes(delta) if number > 0 else ():
-            equal = (magnitudes == value).nonzero().squeeze(1)
-            if len(equal) >= number:
-                places = equal if index is None else index[equal].sort().values
-                last = start * delta.columns + int(places[number - 1])
-                number = 0
+        for start, stop in delta.row_ranges() if number > 0 else ():
+            equal, place = delta.equal_to(value, number, start, stop)
+            number -= equal
+            if place is not None:
+                last = start * delta.columns + place
                 break
-            number -= len(equal)
         found.append(Threshold(value, last))
     return found
+
+
+def _largest_codes(deltas: Sequence[SparseDelta], keep: int) -> list[Threshold]:
+    """:func:`largest` of packed codes, of which a row has few: they are counted."""
+    counted = [delta.magnitude_counts(0, delta.rows) for delta in deltas]
+    magnitudes = torch.cat([sizes.reshape(-1) for sizes, _ in counted])
+    counts = torch.cat([numbers.reshape(-1) for _, numbers in counted])
+    value, above, equal = _weighted_largest(magnitudes.numpy(), counts.numpy(), keep)
+    if value < 0:
+        return [EVERYTHING] * len(deltas)
+    number = keep - above
+    if number == equal:
+        return [Threshold(value)] * len(deltas)
+    found = []
+    for delta, (sizes, numbers) in zip(deltas, counted, strict=True):
+        last: float = math.inf if number > 0 else -1
+        if number > 0:
+            of_row = (numbers * (sizes == value)).sum(dim=1, dtype=torch.int64).cumsum(0)
+            row = int(torch.searchsorted(of_row, number))
+            if row < delta.rows:
+                before = int(of_row[row - 1]) if row else 0
+                place = delta.equal_to(value, number - before, row, row + 1)[1]
+                assert place is not None
+                last, number = row * delta.columns + place, 0
+            elif delta.rows:
+                number -= int(of_row[-1])
+        found.append(Threshold(value, last))
+    return found
+
+
+def _weighted_largest(
+    magnitudes: np.ndarray, counts: np.ndarray, keep: int
+) -> tuple[float, int, int]:
+    """The magnitude of number `keep` from the top, how many are above it, and how many equal it.
+
+    Args:
+        magnitudes: float32 (n,), not negative.
+        counts: how often each occurs.
+
+    Returns:
+        The first is -1 where there are not so many.
+    """
+    # The upper half of a float's bits is in its order; only among equal ones is anything sorted.
+    upper = (magnitudes.view(np.uint32) >> 16).astype(np.int64)
+    reached = np.bincount(upper, counts, minlength=1)[::-1].cumsum()
+    if not len(reached) or reached[-1] < keep:
+        return -1.0, 0, 0
+    bucket = int(np.searchsorted(reached, keep))
+    above = int(reached[bucket - 1]) if bucket else 0
+    inside = upper == len(reached) - 1 - bucket
+    sizes, numbers = magnitudes[inside], counts[inside]
+    order = np.argsort(-sizes, kind="stable")
+    number = int(np.searchsorted(above + numbers[order].cumsum(), keep))
+    value = sizes[order[number]]
+    above += int(numbers[sizes > value].sum())
+    return float(value), above, int(numbers[sizes == value].sum())

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dare_adapters import compiled
+from dare_adapters.combine import loops
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError
@@ -171,6 +171,14 @@ class _KeptLargest(Sparsified):
             return self.delta.read(start, stop)
         return self.delta.read_above(limit.value, limit.last - start * self.columns, start, stop)
 
+    def fill(self, out: torch.Tensor, start: int, stop: int) -> None:
+        limit = self.threshold
+        if limit.value < 0:
+            self.delta.fill(out, start, stop)
+        else:
+            last = limit.last - start * self.columns
+            self.delta.fill_above(out, limit.value, last, start, stop)
+
 
 def keep_largest(
     delta: Delta, density: float, *, least: int = 0, cutoff: Threshold | None = None
@@ -223,15 +231,7 @@ class _DroppedAtRandom(Sparsified):
     def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         if self._whole:  # of what is dropped nothing is read
             return self.delta.read_support(self.support, self.factor, start, stop)
-        support = self.support
-        if isinstance(support, BlockedSupport) and compiled.available():
-            index, values = self.delta.read(start, stop)
-            assert index is not None
-            return compiled.kept(
-                support.where, support.slots_per_row, start, index, values, self.factor
-            )
-        index, values = super().read(start, stop)
-        return index, values if self.factor == 1.0 else values.mul_(self.factor)
+        return self.delta.read_kept(self.support, self.factor, start, stop)
 
 
 def drop_at_random(
@@ -299,19 +299,29 @@ class _RescaledToL1(Delta):
     def _rescaled(self) -> tuple[torch.Tensor, torch.Tensor]:
         whole = kept = 0.0
         small = self.rows * self.columns < _INT32_ENTRIES
-        places, found = [], []
+        dtype = torch.int32 if small else torch.int64
+        places, found = [torch.empty(0, dtype=dtype)], [torch.empty(0)]
         for start, stop in self.pruned.row_ranges():
             index, values = self.pruned.read(start, stop)
-            if index is None:
-                index = torch.arange(len(values))
-            kept += _sum_once(index, values)
+            own, values, total = _gathered(index, values, start * self.columns, dtype)
+            kept += total
             whole += self.delta.l1(start, stop)
-            places.append(
-                index.add_(start * self.columns).to(torch.int32 if small else index.dtype)
-            )
+            places.append(own)
             found.append(values)
         factor = whole / kept if kept > 0 else 1.0
         return torch.cat(places), torch.cat(found).mul_(factor)
+
+
+def _gathered(
+    index: torch.Tensor | None, values: torch.Tensor, offset: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Positions in the parameter, values, and Σ|values|."""
+    if loops.available():
+        return loops.gather(index, values.contiguous(), offset, dtype)
+    if index is None:
+        index = torch.arange(len(values))
+    total = _sum_once(index, values)
+    return index.add_(offset).to(dtype), values, total
 
 
 def _sum_once(index: torch.Tensor, values: torch.Tensor) -> float:

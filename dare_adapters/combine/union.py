@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dare_adapters import compiled
+from dare_adapters.combine import loops
 from dare_adapters.delta import Delta, WeightedDelta
 
 __all__ = ["Elementwise", "WeightedSum", "read_union"]
+
+# Where one entry in so many changes, all are gone through sooner than positions are aligned.
+_DENSE_BLOCK = 8
 
 
 def read_union(
@@ -86,6 +90,17 @@ class Elementwise(Delta):
     def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         index, values = read_union(self.deltas, start, stop)
         return index, self.function(values)
+
+    def read_dense(self, start: int, stop: int) -> torch.Tensor | None:
+        if self.entries_per_row * _DENSE_BLOCK < self.columns or not loops.available():
+            return None
+        values = torch.empty(len(self.deltas), (stop - start) * self.columns)
+        for row, delta in zip(values, self.deltas, strict=True):
+            delta.fill(row, start, stop)
+        signs = loops.untouched(values)
+        merged = self.function(values)
+        merged.view(torch.int32).bitwise_or_(signs)  # 0 there, which becomes -0
+        return merged
 
     def preparations(self) -> list[Callable[[], object]]:
         return [one for delta in self.deltas for one in delta.preparations()]

@@ -1,0 +1,110 @@
+"""The loops of combining alone, where they were compiled (see `setup.py`).
+
+Each gives what the Python beside its caller gives, bit for bit, and holds no lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from dare_adapters.shared_library import load_library
+
+__all__ = ["available", "gather", "magprune", "untouched"]
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    return load_library(__file__, "_loops", _declare)
+
+
+def _declare(library: Any) -> None:
+    word, size, place = ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p
+    library.dare_magprune.argtypes = [
+        word, word, size, size, size, place, place, size, *[place] * 11,
+    ]  # fmt: skip
+    library.dare_magprune.restype = size
+    library.dare_gather.argtypes = [place, place, size, size, ctypes.c_int, place, place]
+    library.dare_gather.restype = ctypes.c_double
+    library.dare_untouched.argtypes = [size, place, size, size, place]
+    library.dare_untouched.restype = None
+
+
+def available() -> bool:
+    """Whether the compiled loops are there."""
+    return _library() is not None
+
+
+def magprune(
+    seed: int,
+    key: int,
+    columns: int,
+    start: int,
+    stop: int,
+    index: torch.Tensor | None,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    probabilities: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries whose random bits are below the limit of their rank in their row.
+
+    Args:
+        seed, key: of the random bits, those of `RandomMasks.lanes`.
+        index, values: rows start … stop - 1, as `Delta.read` returns them.
+        limits: int64 (columns,), by rank, ascending.
+        probabilities: float32 (columns,), by rank: survivors are divided by them.
+    """
+    if not len(values):  # without an address, as no index
+        return torch.empty(0, dtype=torch.int64), torch.empty(0)
+    places = torch.empty(len(values) + 1, dtype=torch.int64)
+    kept = torch.empty(len(values) + 1)
+    ranked, spare = torch.empty(2, columns, dtype=torch.int64).unbind()
+    lanes = torch.empty(-(-columns // 8) * 8, dtype=torch.int32)
+    heads = torch.empty(columns + 2 * (_MOST_BUCKETS + 2), dtype=torch.int32)
+    rank = torch.empty(columns, dtype=torch.int32)
+    column, own = torch.empty(columns, dtype=torch.int64), torch.empty(columns)
+    count = _library().dare_magprune(
+        seed, key, columns, start, stop, None if index is None else index.data_ptr(),
+        values.data_ptr(), len(values), limits.data_ptr(),
+        None if probabilities is None else probabilities.data_ptr(), ranked.data_ptr(),
+        spare.data_ptr(), lanes.data_ptr(), heads.data_ptr(), rank.data_ptr(), column.data_ptr(),
+        own.data_ptr(), places.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
+    return places[:count], kept[:count]
+
+
+def gather(
+    index: torch.Tensor | None, values: torch.Tensor, offset: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Positions `offset` further on, values, and Σ|values|, one that comes twice counted once.
+
+    Args:
+        index, values: as `Delta.read` returns them.
+        dtype: of the positions, int32 or int64.
+    """
+    places, kept = torch.empty(len(values), dtype=dtype), torch.empty(len(values))
+    total = _library().dare_gather(
+        None if index is None else index.data_ptr(), values.data_ptr(), len(values), offset,
+        dtype == torch.int64, places.data_ptr(), kept.data_ptr(),
+    )  # fmt: skip
+    return places, kept, float(total)
+
+
+def untouched(values: torch.Tensor) -> torch.Tensor:
+    """The sign bit where every value is -0, else 0, int32 (m,).
+
+    Args:
+        values: float32 (k, m), rows contiguous.
+    """
+    signs = torch.empty(values.shape[1], dtype=torch.int32)
+    _library().dare_untouched(
+        len(values), values.data_ptr(), values.stride(0), values.shape[1], signs.data_ptr()
+    )
+    return signs
+
+
+# As `_magprune.c` has it.
+_MOST_BUCKETS = 4096
