@@ -14,7 +14,7 @@ setup(
     ext_modules=[
         Extension(
             "dare_adapters._rows",
-            ["dare_adapters/_rows.c"],
+            ["dare_adapters/_rows.c", "dare_adapters/_finite.c"],
             extra_compile_args=FLAGS,
             depends=HEADERS,
             optional=True,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.config import (
     CONFIG_NAME,
     FLOATS,
@@ -22,6 +21,7 @@ from dare_adapters.config import (
 )
 from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
+from dare_adapters.finite import first_non_finite
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.output import complete_directory
 from dare_adapters.source import WHOLE, DeltaSource

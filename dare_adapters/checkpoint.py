@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dare_adapters.errors import CheckpointError
 from dare_adapters.mapped_pages import release_pages
 
-__all__ = ["Checkpoint", "ParameterInfo", "first_non_finite", "open_checkpoint", "read_json"]
+__all__ = ["Checkpoint", "ParameterInfo", "open_checkpoint", "read_json"]
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -49,7 +49,7 @@ class ParameterInfo:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -303,26 +303,3 @@ def _nested_deeper(value: Any, levels: int) -> bool:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path, CheckpointError) if path.is_file() else {}
-
-
-# Every IEEE format orders its bit patterns: from infinity upwards nothing is finite.
-_INFINITY = {
-    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
-    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
-    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
-    torch.float64: (np.int64, np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
-}
-
-
-def first_non_finite(flat: torch.Tensor) -> int | None:
-    """Position of the first NaN or infinity of a flat float tensor, or None."""
-    if not flat.numel():
-        return None
-    if flat.device.type != "cpu":
-        strange = ~torch.isfinite(flat)
-        return int(torch.nonzero(strange)[0]) if bool(strange.any()) else None
-    signed, unsigned, positive, negative = _INFINITY[flat.dtype]
-    bits = flat.view(getattr(torch, signed.__name__)).numpy()
-    if int(bits.max()) < positive and int(bits.view(unsigned).max()) < negative:
-        return None
-    return int(torch.nonzero(~torch.isfinite(flat))[0])

@@ -33,7 +33,7 @@ class OutputTensor:
     Attributes:
         name, dtype, shape: of it.
         parts: makes its values, one run of entries after the other, each in `dtype`.
-        prepare: what can be done for it while the tensor before it is made.
+        prepare: what is to be done for it before, while the tensor before it is made.
     """
 
     name: str
@@ -155,7 +155,7 @@ def _write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    ahead: list[Future[object]] = []
+    ahead: list[Future[object]] = [pool.submit(one) for one in order[0].prepare] if order else []
     for number, tensor in enumerate(order):
         for future in ahead:
             future.result()

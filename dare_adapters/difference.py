@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 
 from dare_adapters import compiled, compiled_selection
-from dare_adapters.checkpoint import Checkpoint, first_non_finite
+from dare_adapters.checkpoint import Checkpoint
 from dare_adapters.delta import Delta, NewParameter
 from dare_adapters.errors import CheckpointError
+from dare_adapters.finite import first_non_finite
 from dare_adapters.mask import (
     BernoulliSupport,
     BlockedSupport,

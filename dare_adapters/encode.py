@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from dare_adapters import codec
-from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.config import ParameterEntry, tensor_key
 from dare_adapters.delta import STEP_ENTRIES, Delta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import CheckpointError
+from dare_adapters.finite import first_non_finite
 from dare_adapters.mask import MAX_DROP_RATE, BlockedKey, BlockedSupport, Slots, Support
 from dare_adapters.prune import PruneRule
 from dare_adapters.scales import store_scales

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dare_adapters import codec
 from dare_adapters.adapter import Adapter
 from dare_adapters.adapter_writer import AdapterWriter
-from dare_adapters.checkpoint import Checkpoint, first_non_finite, open_checkpoint
+from dare_adapters.checkpoint import Checkpoint, open_checkpoint
 from dare_adapters.companions import copy_companions
 from dare_adapters.config import DareConfig
 from dare_adapters.difference import Difference, Finetuned
@@ -27,6 +27,7 @@ from dare_adapters.errors import (
     DeltaTooLargeError,
     DeltaTooLargeWarning,
 )
+from dare_adapters.finite import first_non_finite
 from dare_adapters.model_card import write_model_card
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.pairing import Pairing, pair_parameters

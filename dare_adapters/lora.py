@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dare_adapters.adapter import resolve_adapter
-from dare_adapters.checkpoint import DTYPES, first_non_finite, read_json
+from dare_adapters.checkpoint import DTYPES, read_json
 from dare_adapters.config import CONFIG_NAME, FLOATS, KEY_PREFIX, MAX_NUMEL, WEIGHTS_NAME
 from dare_adapters.delta import STEP_ENTRIES, Delta, DenseDelta, NewParameter
 from dare_adapters.errors import (
@@ -26,6 +26,7 @@ from dare_adapters.errors import (
     AdapterNotFoundError,
     UnsupportedParameterError,
 )
+from dare_adapters.finite import first_non_finite
 from dare_adapters.source import DeltaSource
 from dare_adapters.tensor_file import file_sha256
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from tqdm.auto import tqdm
 from dare_adapters.checkpoint import (
     Checkpoint,
     ParameterInfo,
-    first_non_finite,
     open_checkpoint,
     read_json,
 )
 from dare_adapters.checkpoint_writer import (
+    PART_ENTRIES,
     OutputTensor,
     Parts,
     shards_of_size,
@@ -33,6 +34,7 @@ from dare_adapters.companions import is_companion
 from dare_adapters.config import CONFIG_NAME
 from dare_adapters.delta import Delta, DenseDelta, NewParameter, WeightedDelta
 from dare_adapters.errors import AdapterFormatError, CheckpointError, RecipeError
+from dare_adapters.finite import first_non_finite
 from dare_adapters.merge_models import (
     MergeModel,
     delta_between,
@@ -200,7 +202,7 @@ class _Run:
         """One tensor to write."""
         shape, parts = self._made(planned)
         checked = _checked(planned.name, parts, lambda: self._release(planned))
-        ahead = self._ahead.pop(planned.name, [])
+        ahead = [*self.checks(planned), *self._ahead.pop(planned.name, [])]
         return OutputTensor(planned.name, planned.out_dtype, shape, checked, ahead)
 
     def _made(self, planned: PlannedTensor) -> tuple[tuple[int, ...], Parts]:
@@ -307,6 +309,13 @@ class _Run:
         rows = self.models[model].info[name].shape[0] if aligned else 0
         return aligned is None or aligned.plan.keeps(model, rows)
 
+    def checks(self, planned: PlannedTensor) -> Iterator[Callable[[], object]]:
+        """Each input's numbers looked at: a method that trims or votes would lose a NaN in them."""
+        for place in dict.fromkeys((*planned.inputs, *([planned.base] if planned.base else []))):
+            checkpoint = self.models[place.model].checkpoint
+            if place.name in checkpoint:
+                yield partial(_check_finite, checkpoint, place.name)
+
     def _release(self, planned: PlannedTensor) -> None:
         if planned.name in self.aligned:
             self.aligned[planned.name].release()
@@ -320,6 +329,20 @@ class _Run:
             identity = "+".join([str(own), *(source.identity for source in model.sources)])
             self._seeds[number] = _Identity(identity).mask_seed(self.seed)
         return self._seeds[number]
+
+
+def _check_finite(checkpoint: Checkpoint, name: str) -> None:
+    tensor = checkpoint[name]
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), PART_ENTRIES):
+        place = first_non_finite(flat[start : start + PART_ENTRIES])
+        if place is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds {float(flat[start + place])} at entry "
+                f"{start + place}; a damaged model cannot be merged, get it again"
+            )
 
 
 def _each_released(checkpoint: Checkpoint) -> Iterator[tuple[str, ParameterInfo, torch.Tensor]]:
@@ -417,6 +440,8 @@ class _Merged(DeltaSource):
         if not base.is_floating_point():
             assert planned.passthrough_of is not None
             return NewParameter(self._run.tensor(planned, planned.passthrough_of))
+        for check in self._run.checks(planned):
+            check()
         if planned.passthrough_of is None and not get_method(planned.method).on_parameters:
             if self._run.starts_from(planned, name):
                 return self._run.delta(planned)

@@ -179,6 +179,7 @@ def damaged(pack: Pack, out: Path, change: Any) -> Path:
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -188,15 +189,20 @@ NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
         (lambda tensors: tensors.update({GATE: torch.zeros(3, 64)}), GATE),
         (lambda tensors: tensors[NORM].fill_(float("nan")), NORM),
         (lambda tensors: tensors[GATE][5].fill_(float("inf")), GATE),
+        (lambda tensors: tensors[HEAD][-1, -1:].fill_(float("nan")), HEAD),
+        (lambda tensors: tensors[EMBED][3, 1:2].fill_(float("nan")), EMBED),
     ],
-    ids=["missing", "shape", "nan", "infinity"],
+    ids=["missing", "shape", "nan", "infinity", "nan in the head", "nan in the embedding"],
 )
+@pytest.mark.parametrize("as_adapter", [False, True])
 def test_what_does_not_fit_is_named_and_nothing_is_left(
-    pack: Pack, tmp_path: Path, change: Any, said: str
+    pack: Pack, tmp_path: Path, change: Any, said: str, as_adapter: bool
 ):
     models = {pack.finetuned["b"]: 1.0, damaged(pack, tmp_path / "damaged", change): 1.0}
     with pytest.raises(DareError, match=said.replace(".", r"\.")):
-        dare_adapters.merge(recipe(pack, "ties", models), tmp_path / "out", progress=False)
+        dare_adapters.merge(
+            recipe(pack, "ties", models, density=0.5), tmp_path / "out", as_adapter=as_adapter
+        )
     assert os.listdir(tmp_path) == ["damaged"]
 
 

@@ -77,9 +77,11 @@ def test_a_full_disk_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space") as caught, StreamedFile(tmp_path / "f", 9) as f:
-        for _ in range(9):
-            f.write(bytes(8192))
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        StreamedFile(tmp_path / "file", 9 * 8192) as file,
+    ):
+        file.write(bytes(9 * 8192))
     assert caught.value.errno == errno.ENOSPC
 
 

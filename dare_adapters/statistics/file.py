@@ -31,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dare_adapters.adapter import Adapter
-from dare_adapters.checkpoint import first_non_finite
 from dare_adapters.errors import AdapterExistsError, AdapterFormatError, AdapterNotFoundError
+from dare_adapters.finite import first_non_finite
 from dare_adapters.output import require_space
 from dare_adapters.tensor_file import DTYPE_NAMES, TensorFileWriter
 
