@@ -117,9 +117,7 @@ def code_counts(
 ) -> torch.Tensor:
     """How often each |code| occurs in each row, int32 (n, 2^(bits-1) + 1)."""
     counts = torch.empty(stop - start, (1 << (bits - 1)) + 1, dtype=torch.int32)
-    _library().dare_code_counts(
-        *where, start, stop, bits, packed.data_ptr(), counts.data_ptr()
-    )
+    _library().dare_code_counts(*where, start, stop, bits, packed.data_ptr(), counts.data_ptr())
     return counts
 
 

@@ -133,9 +133,7 @@ class Delta(ABC):
         above, equal = self.between(value, value, start, stop)
         return above, len(equal)
 
-    def equal_to(
-        self, value: float, wanted: int, start: int, stop: int
-    ) -> tuple[int, int | None]:
+    def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
         """How many magnitudes of some rows are `value`, and where the last wanted one is.
 
         Args:
@@ -402,9 +400,7 @@ class SparseDelta(Delta):
         """The magnitudes that occur in each row, float32 (n, k), and how often, int32 (n, k)."""
         support = self._packed_support
         assert support is not None
-        counts = compiled_selection.code_counts(
-            support.where, self.bits, self.values, start, stop
-        )
+        counts = compiled_selection.code_counts(support.where, self.bits, self.values, start, stop)
         levels = torch.arange(counts.shape[1], dtype=torch.float32)
         return levels * self._row_scales[start:stop, None], counts
 

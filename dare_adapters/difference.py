@@ -133,9 +133,7 @@ class ParameterDifference(Delta):
             return super().count_around(value, start, stop)
         return compiled_selection.count(*self._flat(start, stop), value)
 
-    def equal_to(
-        self, value: float, wanted: int, start: int, stop: int
-    ) -> tuple[int, int | None]:
+    def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
         if not self._comparable:
             return super().equal_to(value, wanted, start, stop)
         return compiled_selection.equal(*self._flat(start, stop), value, wanted)

@@ -226,9 +226,7 @@ class _Run:
             return shape, _only(delta, dtype, check)
         if aligned is not None:
             own = planned.base.model
-            return shape, _later(
-                lambda: sum_parts(aligned.whole(own), changes, dtype, check=check)
-            )
+            return shape, _later(lambda: sum_parts(aligned.whole(own), changes, dtype, check=check))
         return shape, sum_parts(self.tensor(planned, planned.base), changes, dtype, check=check)
 
     def delta(self, planned: PlannedTensor) -> Delta:

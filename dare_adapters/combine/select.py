@@ -80,6 +80,11 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
     coded = [delta for delta in deltas if isinstance(delta, SparseDelta)]
     if len(coded) == len(deltas) and all(delta.counts_magnitudes for delta in coded):
         return _largest_codes(coded, keep)
+    return _selected(deltas, keep)
+
+
+def _selected(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
+    """:func:`largest` where magnitudes have to be compared: in a bracket from a sample."""
     about = max(1, sum(delta.rows * delta.entries_per_row for delta in deltas))
     sample, share = _sample(deltas, about), min(1.0, keep / about)
     found = _heavy(deltas, sample, share, keep)
