@@ -37,6 +37,27 @@ VECTORS static int32_t count_equal(const float *values, int64_t count, float val
     return equal;
 }
 
+VECTORS static int32_t count_above(const float *values, int64_t count, float value) {
+    int32_t above = 0;
+    for (int64_t j = 0; j < count; j++) above += magnitude(values[j]) > value;
+    return above;
+}
+
+/* How many differences are above `value` in magnitude, and, in `equal`, how many equal it. */
+EXPORT int64_t dare_count(int base_dtype, const void *base, int finetuned_dtype,
+                          const void *finetuned, int64_t count, float value, int64_t *equal) {
+    float delta[STRIP];
+    int64_t above = 0, same = 0;
+    for (int64_t first = 0; first < count; first += STRIP) {
+        int64_t n = count - first < STRIP ? count - first : STRIP;
+        difference(base_dtype, base, finetuned_dtype, finetuned, first, n, delta);
+        above += count_above(delta, n, value);
+        same += count_equal(delta, n, value);
+    }
+    *equal = same;
+    return above;
+}
+
 /* How many differences are equal to `value` in magnitude, and where the one of number `wanted`
  * is, counted from one; nothing is counted after it. */
 EXPORT int64_t dare_equal(int base_dtype, const void *base, int finetuned_dtype,

@@ -63,6 +63,7 @@ def sum_parts(
     deltas: Sequence[WeightedDelta],
     dtype: torch.dtype | None = None,
     done: Callable[[], None] = lambda: None,
+    check: Callable[[torch.Tensor], None] = lambda part: None,
 ) -> Parts:
     """Base plus deltas, summed in float32 and rounded once to `dtype` (default: the base's).
 
@@ -71,6 +72,7 @@ def sum_parts(
         deltas: at least one; rows they add come last, from the first that adds any.
         dtype: of the result; entries that no delta changes are cast too.
         done: called when all has been made.
+        check: called with each part, by the thread that made it.
     """
     first: Delta = deltas[0].delta
     wanted = dtype or base.dtype
@@ -82,14 +84,18 @@ def sum_parts(
         def make(rows: tuple[int, int]) -> torch.Tensor:
             part = flat[rows[0] * width : rows[1] * width]
             if wanted == base.dtype:
-                return add_rows(part, deltas, *rows)
-            return add_rows(part.to(torch.float32), deltas, *rows).to(wanted)
+                made = add_rows(part, deltas, *rows)
+            else:
+                made = add_rows(part.to(torch.float32), deltas, *rows).to(wanted)
+            check(made)
+            return made
 
         yield from ordered_map(pool, make, _ranges(first), AHEAD)
         for weighted in deltas:
             weighted.delta.release()
         added = next((d.delta.added_rows for d in deltas if d.delta.added_rows is not None), None)
         if added is not None:
+            check(added)
             yield added.reshape(-1).to(wanted)
         done()
 

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the input is at fault (the message says how); 2 the call i
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -348,4 +349,5 @@ def _show_histogram(inspection: Inspection) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    gc.freeze()  # what was imported stays: let no collection look through it again
     app()

@@ -18,6 +18,7 @@ __all__ = [
     "available",
     "can_compare",
     "code_counts",
+    "count",
     "difference",
     "equal",
     "read_kept",
@@ -36,6 +37,7 @@ def _declare(library: Any) -> None:
     both, blocked = [number, place, number, place, size], [word, word, size, size, size, size]
     library.dare_difference.argtypes = [*both, place]
     library.dare_trimmed.argtypes = [*both, ctypes.c_float, size, place]
+    library.dare_count.argtypes = [*both, ctypes.c_float, place]
     library.dare_equal.argtypes = [*both, ctypes.c_float, size, place]
     library.dare_values_equal.argtypes = [place, place, size, ctypes.c_float, size, place]
     library.dare_code_counts.argtypes = [*blocked, number, place, place]
@@ -44,7 +46,7 @@ def _declare(library: Any) -> None:
     ]  # fmt: skip
     for name in ("difference", "trimmed", "code_counts"):
         getattr(library, f"dare_{name}").restype = None
-    for name in ("equal", "values_equal", "read_kept"):
+    for name in ("count", "equal", "values_equal", "read_kept"):
         getattr(library, f"dare_{name}").restype = size
 
 
@@ -80,6 +82,13 @@ def trimmed(
         out: float32 (n,), contiguous.
     """
     _library().dare_trimmed(*_pair(base, finetuned), value, last, out.data_ptr())
+
+
+def count(base: torch.Tensor, finetuned: torch.Tensor, value: float) -> tuple[int, int]:
+    """How many magnitudes are above a value, and how many equal it."""
+    same = ctypes.c_int64()
+    above = _library().dare_count(*_pair(base, finetuned), value, ctypes.addressof(same))
+    return int(above), same.value
 
 
 def equal(

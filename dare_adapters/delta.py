@@ -128,6 +128,11 @@ class Delta(ABC):
         over = reach > high
         return int(over.sum()), reach[~over]
 
+    def count_around(self, value: float, start: int, stop: int) -> tuple[int, int]:
+        """How many magnitudes of some rows are above `value`, and how many equal it."""
+        above, equal = self.between(value, value, start, stop)
+        return above, len(equal)
+
     def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
         """How many magnitudes of some rows are `value`, and where the last wanted one is.
 

@@ -129,6 +129,11 @@ class ParameterDifference(Delta):
         equal = (stop - start) * self.columns if last == math.inf else max(int(last), -1)
         compiled_selection.trimmed(*self._flat(start, stop), value, equal, out)
 
+    def count_around(self, value: float, start: int, stop: int) -> tuple[int, int]:
+        if not self._comparable:
+            return super().count_around(value, start, stop)
+        return compiled_selection.count(*self._flat(start, stop), value)
+
     def equal_to(self, value: float, wanted: int, start: int, stop: int) -> tuple[int, int | None]:
         if not self._comparable:
             return super().equal_to(value, wanted, start, stop)

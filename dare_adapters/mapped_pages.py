@@ -38,13 +38,18 @@ def release_pages(tensor: torch.Tensor, file: Path) -> None:
 
 def _is_mapped_from(first: int, last: int, file: Path) -> bool:
     """Whether addresses first … last are one mapping of the file, unwritten."""
-    name = os.path.realpath(file)
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            place, _, _, _, _, *path = line.rstrip("\n").split(maxsplit=5)
-            start, stop = (int(part, 16) for part in place.split("-"))
-            if start <= first and last <= stop:
-                return bool(path) and path[0] == name
+    name = os.fsencode(os.path.realpath(file))
+    with open("/proc/self/maps", "rb") as maps:
+        text = maps.read()
+    found = text.find(name)
+    while found >= 0:  # only lines that hold the name: a process has a thousand others
+        line_start = text.rfind(b"\n", 0, found) + 1
+        line_end = text.find(b"\n", found)
+        place, _, _, _, _, path = text[line_start:line_end].split(maxsplit=5)
+        start, stop = (int(part, 16) for part in place.split(b"-"))
+        if start <= first and last <= stop:
+            return path == name
+        found = text.find(name, line_end)
     return False
 
 

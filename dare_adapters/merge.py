@@ -201,9 +201,9 @@ class _Run:
     def output(self, planned: PlannedTensor) -> OutputTensor:
         """One tensor to write."""
         shape, parts = self._made(planned)
-        checked = _checked(planned.name, parts, lambda: self._release(planned))
+        released = _then(parts, lambda: self._release(planned))
         ahead = [*self.checks(planned), *self._ahead.pop(planned.name, [])]
-        return OutputTensor(planned.name, planned.out_dtype, shape, checked, ahead)
+        return OutputTensor(planned.name, planned.out_dtype, shape, released, ahead)
 
     def _made(self, planned: PlannedTensor) -> tuple[tuple[int, ...], Parts]:
         aligned = self.aligned.get(planned.name)
@@ -222,13 +222,14 @@ class _Run:
             return shape, self._of_parameters(planned)
         delta = self.delta(planned)
         self._ahead[planned.name] = delta.preparations()
-        if planned.base is None:
-            return shape, _only(delta, planned.out_dtype)
         changes, dtype = [WeightedDelta(delta)], planned.out_dtype
+        check = _refuse_non_finite(planned.name)
+        if planned.base is None:
+            return shape, _only(delta, dtype, check)
         if aligned is not None:
             own = planned.base.model
-            return shape, _later(lambda: sum_parts(aligned.whole(own), changes, dtype))
-        return shape, sum_parts(self.tensor(planned, planned.base), changes, dtype)
+            return shape, _later(lambda: sum_parts(aligned.whole(own), changes, dtype, check=check))
+        return shape, sum_parts(self.tensor(planned, planned.base), changes, dtype, check=check)
 
     def delta(self, planned: PlannedTensor) -> Delta:
         """Of a method on deltas: from the base, or, where there is none, from zero."""
@@ -273,18 +274,18 @@ class _Run:
         def parts(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
             yield from whole_parts(self.merged(planned), planned.out_dtype)(pool)
 
-        return parts
+        return _checked(planned.name, parts)
 
     def _copied(self, planned: PlannedTensor, tensor: torch.Tensor) -> Parts:
         scale = planned.options.get("scale")
         if scale is None:
-            return whole_parts(tensor, planned.out_dtype)
+            return _checked(planned.name, whole_parts(tensor, planned.out_dtype))
 
         def parts(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
             for part in whole_parts(tensor, torch.float32)(pool):
                 yield (part * scale).to(planned.out_dtype)
 
-        return parts
+        return _checked(planned.name, parts)
 
     def _require_identical(self, planned: PlannedTensor, tensor: torch.Tensor) -> None:
         for one in planned.inputs:
@@ -372,10 +373,10 @@ class _Identity(DeltaSource):
         return 0
 
 
-def _only(delta: Delta, dtype: torch.dtype) -> Parts:
+def _only(delta: Delta, dtype: torch.dtype, check: Callable[[torch.Tensor], None]) -> Parts:
     """A delta from zero."""
     zero = torch.zeros(1).expand(delta.rows * delta.columns).view(delta.shape)
-    return sum_parts(zero, [WeightedDelta(delta)], dtype)
+    return sum_parts(zero, [WeightedDelta(delta)], dtype, check=check)
 
 
 def _later(make: Callable[[], Parts]) -> Parts:
@@ -387,20 +388,39 @@ def _later(make: Callable[[], Parts]) -> Parts:
     return parts
 
 
-def _checked(name: str, parts: Parts, done: Callable[[], None]) -> Parts:
+def _refuse_non_finite(name: str) -> Callable[[torch.Tensor], None]:
+    """Refuses parts of a tensor that hold NaN or infinity."""
+
+    def check(part: torch.Tensor) -> None:
+        if part.is_floating_point() and first_non_finite(part.reshape(-1)) is not None:
+            raise CheckpointError(
+                f"{name} would hold NaN or infinity: a model that is merged is damaged, or the "
+                f"weights take it beyond {part.dtype}; nothing was written"
+            )
+
+    return check
+
+
+def _checked(name: str, parts: Parts) -> Parts:
     """Parts that are refused where they hold NaN or infinity."""
+    check = _refuse_non_finite(name)
 
     def checked(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
         for part in parts(pool):
-            if part.is_floating_point() and first_non_finite(part.reshape(-1)) is not None:
-                raise CheckpointError(
-                    f"{name} would hold NaN or infinity: a model that is merged is damaged, or the "
-                    f"weights take it beyond {part.dtype}; nothing was written"
-                )
+            check(part)
             yield part
-        done()
 
     return checked
+
+
+def _then(parts: Parts, done: Callable[[], None]) -> Parts:
+    """Parts, and what is to be done when all have been made."""
+
+    def all_parts(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        yield from parts(pool)
+        done()
+
+    return all_parts
 
 
 def _plain_base(recipe: Recipe, models: Mapping[ModelReference, MergeModel]) -> MergeModel:

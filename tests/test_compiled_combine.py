@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_adapters import compiled
+from dare_adapters.combine import loops
 from dare_adapters.combine.consensus import DIVISORS, VOTES, _merge, disjoint_merge
-from dare_adapters.combine.union import read_union
-from dare_adapters.delta import Delta, WeightedDelta, add_rows, apply_rows
+from dare_adapters.combine.della import magprune
+from dare_adapters.combine.sparsify import RandomMasks, _gathered
+from dare_adapters.combine.union import Elementwise, read_union
+from dare_adapters.delta import Delta, DenseDelta, WeightedDelta, add_rows, apply_rows
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.mask import BernoulliSupport, BlockedSupport
 from dare_adapters.matrix import MatrixView
@@ -137,3 +140,78 @@ def test_rows_are_added_to_as_pytorch_does(
     for found in (made, view.storage, slow.storage):
         assert torch.equal(found, plain)
         assert torch.equal(found.view(bits)[untouched], base.view(bits)[untouched])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    deltas=aligned_deltas(most=1),
+    window=st.sampled_from([(0.1, 0.05), (0.5, 0.0), (0.75, 0.25)]),
+    rescale=st.booleans(),
+)
+def test_ranks_are_numpys(deltas: list[Delta], window: tuple[float, float], rescale: bool):
+    pruned = magprune(deltas[0], *window, RandomMasks("w", [5]), 0, rescale=rescale)
+    index, values = pruned.read(0, pruned.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loops, "available", lambda: False)
+        places, expected = pruned.read(0, pruned.rows)
+    assert torch.equal(index, places)
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("columns", [9, 1000, 1025, 40000])
+@pytest.mark.parametrize("kind", ["normal", "few levels", "sixteen bits", "wide", "near", "zero"])
+def test_ranks_are_numpys_of_every_kind_of_row(columns: int, kind: str):
+    generator = torch.Generator().manual_seed(columns)
+    rows = torch.randn(3, columns, generator=generator)
+    if kind == "few levels":
+        rows = rows.mul(3).round()
+    elif kind == "sixteen bits":
+        rows = (rows * 0.02).bfloat16().float() - (rows * 0.0201).bfloat16().float()
+    elif kind == "wide":
+        rows *= torch.exp(20 * torch.randn(rows.shape, generator=generator))
+    elif kind == "near":  # one bucket holds nearly all of them, in another order
+        rows = rows.sign() * (1 + torch.rand(rows.shape, generator=generator) * 1e-4)
+        rows[:, ::3] *= 1e-30
+    elif kind == "zero":
+        rows *= 0
+    pruned = magprune(DenseDelta(rows), 0.3, 0.2, RandomMasks("w", [5]), 0)
+    index, values = pruned.read(0, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loops, "available", lambda: False)
+        places, expected = pruned.read(0, 3)
+    assert torch.equal(index, places)
+    assert torch.equal(values, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(deltas=aligned_deltas(), dtype=st.sampled_from(DTYPES), majority=st.booleans())
+def test_a_dense_election_adds_what_a_sparse_one_does(
+    deltas: list[Delta], dtype: torch.dtype, majority: bool
+):
+    weights = [1.0, 0.6, -0.5, 0.3, 1.0][: len(deltas)]
+    merge = disjoint_merge(weights, vote="weighted" if majority else "unweighted")
+    merged = Elementwise(deltas, merge)
+    base = torch.randn(merged.rows * merged.columns, generator=torch.Generator().manual_seed(1))
+    base[::3] = -0.0
+    base = base.to(dtype)
+    made = add_rows(base, [WeightedDelta(merged)], 0, merged.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Elementwise, "read_dense", Delta.read_dense)
+        sparse = add_rows(base, [WeightedDelta(merged)], 0, merged.rows)
+    assert torch.equal(made, sparse)
+
+
+@settings(max_examples=100, deadline=None)
+@given(deltas=aligned_deltas(most=1), offset=st.integers(0, 1 << 33))
+def test_survivors_are_gathered_as_pytorch_does(deltas: list[Delta], offset: int):
+    delta, dtype = deltas[0], torch.int64 if offset >> 31 else torch.int32
+    index, values = delta.read(0, delta.rows)
+    if dtype == torch.int32 and offset + delta.rows * delta.columns >= 1 << 31:
+        return
+    places, kept, total = _gathered(index, values, offset, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loops, "available", lambda: False)
+        expected, plain, plain_total = _gathered(index, values.clone(), offset, dtype)
+    assert torch.equal(places, expected)
+    assert torch.equal(kept, plain)
+    assert total == pytest.approx(plain_total, rel=1e-12)

@@ -12,7 +12,7 @@ typedef struct {
     int32_t *rank;     /* (columns,) of an entry that survives, -1 of one that does not */
 } row_room;
 
-enum { LEAST_BUCKETS = 64, MOST_BUCKETS = 4096, OCTAVES = 16, FEW = 24 };
+enum { LEAST_BUCKETS = 64, MOST_BUCKETS = 4096, FEW = 24 };
 
 /* The 32-bit lanes of a row's entries: of all, or of those at `column`, ascending. */
 static void row_lanes(uint64_t seed, uint64_t key, int64_t row, int64_t columns,
@@ -36,15 +36,17 @@ static void row_lanes(uint64_t seed, uint64_t key, int64_t row, int64_t columns,
     }
 }
 
-/* Sort by the upper half, equal ones left in their order: 11 bits of it at a time. */
+/* Sort by the upper half, equal ones left in their order: eight bits of it at a time, of those that
+ * differ at all. */
 static void sort_by_magnitude(uint64_t *items, int64_t count, uint64_t *spare) {
-    uint64_t *from = items, *to = spare;
-    for (int shift = 32; shift < 64; shift += 11) {
-        int64_t heads[2049] = {0};
-        for (int64_t j = 0; j < count; j++) heads[(from[j] >> shift & 2047) + 1]++;
-        if (heads[(from[0] >> shift & 2047) + 1] == count) continue;
-        for (int b = 0; b < 2048; b++) heads[b + 1] += heads[b];
-        for (int64_t j = 0; j < count; j++) to[heads[from[j] >> shift & 2047]++] = from[j];
+    uint64_t *from = items, *to = spare, differ = 0;
+    for (int64_t j = 1; j < count; j++) differ |= items[j] ^ items[0];
+    for (int shift = 32; shift < 64; shift += 8) {
+        if (!(differ >> shift & 255)) continue;
+        int64_t heads[257] = {0};
+        for (int64_t j = 0; j < count; j++) heads[(from[j] >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++) heads[b + 1] += heads[b];
+        for (int64_t j = 0; j < count; j++) to[heads[from[j] >> shift & 255]++] = from[j];
         uint64_t *other = from;
         from = to;
         to = other;
@@ -61,7 +63,7 @@ static void rank_row(const float *values, int64_t count, row_room *room) {
     }
     /* Buckets of equal width in the bits of the upper octaves, and one for all that is smaller. */
     int64_t buckets = LEAST_BUCKETS;
-    int shift = 23 + 4 - 6;
+    int shift = 23 - 2; /* 64 buckets over 16 octaves: four to each */
     while (buckets < count && buckets < MOST_BUCKETS) {
         buckets *= 2;
         shift--;

@@ -16,6 +16,8 @@ __all__ = ["Threshold", "largest"]
 _SAMPLE = 1 << 15
 # Standard deviations of a sampled quantile that the bracket around it spans.
 _MARGIN = 5.0
+# A magnitude that one entry of a sample in so many has is counted before others are sought.
+_HEAVY = 256
 # How much further it reaches each time that it turns out not to hold the threshold.
 _WIDEN = 4.0
 
@@ -78,8 +80,16 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
     coded = [delta for delta in deltas if isinstance(delta, SparseDelta)]
     if len(coded) == len(deltas) and all(delta.counts_magnitudes for delta in coded):
         return _largest_codes(coded, keep)
+    return _selected(deltas, keep)
+
+
+def _selected(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
+    """:func:`largest` where magnitudes have to be compared: in a bracket from a sample."""
     about = max(1, sum(delta.rows * delta.entries_per_row for delta in deltas))
     sample, share = _sample(deltas, about), min(1.0, keep / about)
+    found = _heavy(deltas, sample, share, keep)
+    if found is not None:
+        return found
     slack = _MARGIN * math.sqrt(max(share * (1 - share), 1e-4) / max(len(sample), 1))
     low, high = _quantile(sample, 1 - share - slack), _quantile(sample, 1 - share + slack)
     while True:
@@ -100,6 +110,37 @@ def largest(deltas: Sequence[Delta], keep: int) -> list[Threshold]:
     if spare == int((contested == value).sum()):
         return [Threshold(value)] * len(deltas)
     return _cut_between_equals(deltas, value, spare)
+
+
+def _heavy(
+    deltas: Sequence[Delta], sample: torch.Tensor, share: float, keep: int
+) -> list[Threshold] | None:
+    """Thresholds at a magnitude that many entries share, or None: it is another one.
+
+    Differences of 16-bit weights have few magnitudes; then counting takes the place of selecting.
+    """
+    value = _quantile(sample, 1 - share)
+    if not 0 < value < math.inf or int((sample == value).sum()) * _HEAVY < len(sample):
+        return None
+    counts = [[delta.count_around(value, *rows) for rows in delta.row_ranges()] for delta in deltas]
+    above = sum(more for of_delta in counts for more, _ in of_delta)
+    equal = sum(same for of_delta in counts for _, same in of_delta)
+    number = keep - above
+    if not 0 < number <= equal:
+        return None
+    if number == equal:
+        return [Threshold(value)] * len(deltas)
+    found = []
+    for delta, of_delta in zip(deltas, counts, strict=True):
+        last: float = math.inf if number > 0 else -1
+        for (start, stop), (_, same) in zip(delta.row_ranges(), of_delta, strict=True):
+            if 0 < number <= same:
+                place = delta.equal_to(value, number, start, stop)[1]
+                assert place is not None
+                last = start * delta.columns + place
+            number -= same
+        found.append(Threshold(value, last))
+    return found
 
 
 def _at_most(delta: Delta) -> int:
