@@ -6,7 +6,7 @@ from dare_adapters.adapter import Adapter
 from dare_adapters.combine import delta_method, method_names, parameter_method
 from dare_adapters.combine.api import combine
 from dare_adapters.combine.mix import Mix
-from dare_adapters.config import DareConfig
+from dare_adapters.config import AdapterConfig
 from dare_adapters.export import export
 from dare_adapters.extract import extract
 from dare_adapters.inspection import Inspection, inspect_adapter
@@ -16,7 +16,7 @@ from dare_adapters.open_source import open_source
 
 __all__ = [
     "Adapter",
-    "DareConfig",
+    "AdapterConfig",
     "Inspection",
     "Mix",
     "__version__",

@@ -16,7 +16,7 @@ from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import MAX_BLOCK, MAX_DROP_RATE, matrix_shape
 from dare_adapters.scales import SCALE_DTYPES
 
-__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "DareConfig", "ParameterEntry"]
+__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "AdapterConfig", "ParameterEntry"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -156,7 +156,7 @@ class ParameterEntry:
 
 
 @dataclass
-class DareConfig:
+class AdapterConfig:
     """The contents of adapter_config.json; see README, "The adapter format"."""
 
     base_model_name_or_path: str | None = None
@@ -196,7 +196,7 @@ class DareConfig:
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> DareConfig:
+    def load(cls, directory: Path) -> AdapterConfig:
         """Read and check adapter_config.json.
 
         Raises:
