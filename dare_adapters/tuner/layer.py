@@ -1,0 +1,210 @@
+"""The two kinds of tuner layers: around a module without children, or beside any other.
+
+A module without children is wrapped, as PEFT does it. A module that has parameters of its own and
+children too (a class token, the projections of `nn.MultiheadAttention`) keeps its place and its
+children their names: a bystander in it exchanges the parameters while the module's forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+from torch.func import functional_call
+
+from dare_adapters.tuner.lazy_weight import lazy_weight
+from dare_adapters.tuner.state import DareState
+
+__all__ = ["BYSTANDER", "DareBystander", "DareLayer"]
+
+# The name of a bystander in its module.
+BYSTANDER = "dare_own"
+
+
+class DareLayer(DareState):
+    """A module without children, with adapters.
+
+    Args:
+        base_layer: the module, perhaps in layers of other methods.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(self.owner)
+
+    @property
+    def owner(self) -> nn.Module:
+        found: Any = self._modules["base_layer"]
+        while isinstance(inner := found._modules.get("base_layer"), nn.Module):
+            found = inner
+        assert isinstance(found, nn.Module)
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward under the active adapters."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            from dare_adapters.tuner.mixed_batch import mixed_forward
+
+            return mixed_forward(self, names, args, kwargs)
+        if self.disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.merged_adapters:
+            return self.base_layer(*args, **kwargs)
+        return self.forward_with(self.active_adapters, args, kwargs)
+
+    def forward_with(
+        self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The module's forward with the weights that it has under these adapters."""
+        values = self.effective(adapters)
+        if not values:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, self._within(values), args, kwargs)
+
+    def _within(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Names of the owner's parameters as the base layer has them."""
+        prefix, found = "", self._modules["base_layer"]
+        while found is not None and isinstance(inner := found._modules.get("base_layer"), nn.Module):
+            prefix, found = prefix + "base_layer.", inner
+        return {prefix + name: value for name, value in values.items()}
+
+    @property
+    def weight(self) -> Any:
+        """The module's weight as the active adapters have it: some models read it directly."""
+        return self._seen("weight")
+
+    @property
+    def bias(self) -> Any:
+        """Likewise."""
+        return self._seen("bias")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "adapter_layer_names") or "base_layer" not in self._modules:
+                raise
+            return self._seen(name)
+
+    def _seen(self, name: str) -> Any:
+        found = getattr(self.owner, name)
+        if isinstance(found, torch.Tensor) and not self.disable_adapters:
+            active = [] if self.merged_adapters else list(self.active_adapters)
+            if name in self.changed_by(active):
+                return lazy_weight(found, lambda: self.effective_of(name, active))
+        return found
+
+    def __repr__(self) -> str:
+        return "dare." + super().__repr__()
+
+
+class DareBystander(DareState):
+    """In a module that has children: adapters of its own parameters, exchanged during its forward.
+
+    Args:
+        owner: the module; it is not held as a child.
+        parent: what holds it. `nn.TransformerEncoderLayer` reads its attention's parameters without
+            calling it, so they are exchanged during the forward of the whole layer.
+    """
+
+    def __init__(self, owner: nn.Module, parent: nn.Module | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_owner", [owner])
+        reads = isinstance(parent, nn.TransformerEncoderLayer)
+        around = parent if reads and parent is not None else owner
+        object.__setattr__(self, "_around", [around])
+        self.in_features, self.out_features = None, None
+        self._swapped: list[dict[str, torch.Tensor | None]] = []
+        self._hooks = [
+            around.register_forward_pre_hook(_enter),
+            around.register_forward_hook(_leave, always_call=True),
+        ]
+
+    @property
+    def owner(self) -> nn.Module:
+        found: nn.Module = self._owner[0]
+        return found
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The module that this one is in."""
+        return self.owner
+
+    def remove(self) -> None:
+        """Leave the module as it was, but for what is merged."""
+        for hook in self._hooks:
+            hook.remove()
+        self.owner._modules.pop(BYSTANDER, None)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
+        """As PEFT unloads layers of special kinds."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.remove()
+
+    def enter(self) -> None:
+        """Put the active adapters' values in place of the base's."""
+        self._swapped.append({})
+        if self.disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return
+        if self.merged_adapters:
+            return
+        self.enter_with(self.active_adapters)
+
+    def enter_with(self, adapters: Sequence[str]) -> None:
+        """Put these adapters' values in place, on top of :meth:`enter`."""
+        own, kept = self.owner, self._swapped[-1]
+        for name, value in self.effective(adapters).items():
+            store = own._parameters if name in own._parameters else own._buffers
+            kept[name] = store[name]
+            store[name] = value  # type: ignore[assignment]
+
+    def leave(self) -> None:
+        """Put the base's own back."""
+        own = self.owner
+        for name, value in self._swapped.pop().items():
+            store = own._parameters if name in own._parameters else own._buffers
+            store[name] = value  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "dare." + super().__repr__()
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    for bystander in _bystanders(module):
+        bystander.enter()
+
+
+def _leave(module: nn.Module, *_: Any) -> None:
+    for bystander in _bystanders(module):
+        if bystander._swapped:
+            bystander.leave()
+
+
+def _bystanders(module: nn.Module) -> Iterator[DareBystander]:
+    """Those whose values are exchanged during this module's forward."""
+    for holder in (module, *module._modules.values()):
+        found = None if holder is None else holder._modules.get(BYSTANDER)
+        if isinstance(found, DareBystander) and found._around[0] is module:
+            yield found
+
+
+def _features(module: nn.Module) -> tuple[int | None, int | None]:
+    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
+        if all(hasattr(module, name) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or hasattr(module, "nf"):
+        found: tuple[int, int] = _get_in_out_features(module)
+        return found
+    return None, None

@@ -1,0 +1,70 @@
+"""A model's own parameters and their names, whatever adapters are around its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+__all__ = ["Owner", "own_tensors"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A parameter or persistent buffer of the base.
+
+    Attributes:
+        module: what holds it.
+        local: its name there.
+        path: where that module is now, or the outermost adapter layer around it.
+        module_name: where the module would be without adapters.
+    """
+
+    module: nn.Module
+    local: str
+    path: str
+    module_name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor, as it is now."""
+        found = getattr(self.module, self.local)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+def own_tensors(model: nn.Module) -> dict[str, Owner]:
+    """Name in the state dict of the model without adapters -> the tensor's owner."""
+    return dict(_walk(model, "", ""))
+
+
+def _walk(module: nn.Module, name: str, path: str) -> Iterator[tuple[str, Owner]]:
+    inner, inner_path = module, path
+    while True:
+        if isinstance(inner, BaseTunerLayer):
+            found = inner._modules.get("base_layer")
+            step = "base_layer"
+        elif isinstance(inner, AuxiliaryTrainingWrapper):
+            step = "original_module" if "original_module" in inner._modules else "token_adapter"
+            found = inner._modules.get(step)
+            path = _join(path, step)  # what it wraps is used by name: layers go inside
+        else:
+            break
+        if found is None:
+            return  # adapter state beside the module that it belongs to
+        inner, inner_path = found, _join(inner_path, step)
+    hidden = inner._non_persistent_buffers_set
+    for local in (*inner._parameters, *(key for key in inner._buffers if key not in hidden)):
+        if isinstance(getattr(inner, local), torch.Tensor):
+            yield _join(name, local), Owner(inner, local, path, name)
+    for local, child in inner._modules.items():
+        if child is not None:
+            yield from _walk(child, _join(name, local), _join(inner_path, local))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
