@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from torch.func import functional_call
 
+from dare_adapters.tuner.exchange import exchange, exchanged
 from dare_adapters.tuner.lazy_weight import lazy_weight
 from dare_adapters.tuner.state import DareState
 
 __all__ = ["BYSTANDER", "DareBystander", "DareLayer"]
 
-# The name of a bystander in its module.
-BYSTANDER = "dare_own"
+# The name of a bystander in its module. PEFT skips names with the method's prefix in them.
+BYSTANDER = "_dare"
 
 
 class DareLayer(DareState):
@@ -66,6 +67,10 @@ class DareLayer(DareState):
         values = self.effective(adapters)
         if not values:
             return self.base_layer(*args, **kwargs)
+        owner = self.owner
+        if any(name in owner.__dict__ for name in values):  # FSDP
+            with exchanged(owner, values):
+                return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, self._within(values), args, kwargs)
 
     def _within(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,6 +99,8 @@ class DareLayer(DareState):
             return self._seen(name)
 
     def _seen(self, name: str) -> Any:
+        if self.disable_adapters and self.merged_adapters and name in self.owner._parameters:
+            self.unmerge()  # as a forward would, which does not come here
         found = getattr(self.owner, name)
         if isinstance(found, torch.Tensor) and not self.disable_adapters:
             active = [] if self.merged_adapters else list(self.active_adapters)
@@ -121,7 +128,7 @@ class DareBystander(DareState):
         around = parent if reads and parent is not None else owner
         object.__setattr__(self, "_around", [around])
         self.in_features, self.out_features = None, None
-        self._swapped: list[dict[str, torch.Tensor | None]] = []
+        self._exchanged: list[dict[str, Any]] = []
         self._hooks = [
             around.register_forward_pre_hook(_enter),
             around.register_forward_hook(_leave, always_call=True),
@@ -153,29 +160,18 @@ class DareBystander(DareState):
 
     def enter(self) -> None:
         """Put the active adapters' values in place of the base's."""
-        self._swapped.append({})
+        values: dict[str, torch.Tensor] = {}
         if self.disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-            return
-        if self.merged_adapters:
-            return
-        self.enter_with(self.active_adapters)
-
-    def enter_with(self, adapters: Sequence[str]) -> None:
-        """Put these adapters' values in place, on top of :meth:`enter`."""
-        own, kept = self.owner, self._swapped[-1]
-        for name, value in self.effective(adapters).items():
-            store = own._parameters if name in own._parameters else own._buffers
-            kept[name] = store[name]
-            store[name] = value  # type: ignore[assignment]
+        elif not self.merged_adapters:
+            values = self.effective(self.active_adapters)
+        self._exchanged.append(exchange(self.owner, values))
 
     def leave(self) -> None:
         """Put the base's own back."""
-        own = self.owner
-        for name, value in self._swapped.pop().items():
-            store = own._parameters if name in own._parameters else own._buffers
-            store[name] = value  # type: ignore[assignment]
+        if self._exchanged:
+            exchange(self.owner, self._exchanged.pop())
 
     def __repr__(self) -> str:
         return "dare." + super().__repr__()
@@ -188,8 +184,7 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 def _leave(module: nn.Module, *_: Any) -> None:
     for bystander in _bystanders(module):
-        if bystander._swapped:
-            bystander.leave()
+        bystander.leave()
 
 
 def _bystanders(module: nn.Module) -> Iterator[DareBystander]:

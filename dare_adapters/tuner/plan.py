@@ -26,7 +26,7 @@ from dare_adapters.tuner.stored import Placement
 
 __all__ = ["Plan", "plan_adapter"]
 
-# A mask of fewer expected survivors than these might keep none: smaller parameters train whole.
+# Of fewer expected survivors a mask might keep none that matters: such parameters train whole.
 _FEWEST_SURVIVORS = 16
 # Rows that an adapter may add to a vocabulary, of its own: nothing is allocated for a false number.
 _MOST_ADDED_ROWS = 1 << 20
@@ -201,8 +201,7 @@ def _recipe_entry(
     rows, columns = matrix_shape(shape)
     rule = config.rule
     expected = rows * columns * (1 - rule.drop_rate)
-    full_block = rule.block is not None and columns >= rule.block
-    if len(shape) < 2 or not (full_block or expected >= _FEWEST_SURVIVORS):
+    if len(shape) < 2 or expected < _FEWEST_SURVIVORS:
         return ParameterEntry("dense", shape, dtype=stored)
     bits = 16 if dtype.itemsize == 2 else 32
     entry = ParameterEntry("sparse", shape, drop_rate=rule.drop_rate, bits=bits, dtype=stored)
