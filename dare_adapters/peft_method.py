@@ -25,3 +25,8 @@ def register() -> None:
     from dare_adapters.tuner.model import DareModel
 
     register_peft_method(name=_NAME, config_cls=DareConfig, model_cls=DareModel)
+    from peft.utils import transformers_weight_conversion as rules
+
+    from dare_adapters.tuner.renaming import instead_of
+
+    rules.build_peft_weight_mapping = instead_of(rules.build_peft_weight_mapping)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import nn
 
 from dare_adapters import codec
 from dare_adapters.checkpoint import MAX_JSON_DEPTH, nested_deeper
@@ -32,6 +35,8 @@ _RECIPE = (
 )
 # What PEFT adds to a file; absent where `extract` wrote it.
 _OF_PEFT = ("auto_mapping", "peft_version")
+# Not part of what a config says.
+_NOT_COPIED = ("_model", "_taken")
 _OF_FORMAT = frozenset(f.name for f in fields(AdapterConfig)) | {"digest", "mix"}
 
 
@@ -138,6 +143,28 @@ class DareConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         self.own_modules(self.modules_to_save)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: one for key, one in self.__dict__.items() if key not in _NOT_COPIED}
+
+    @property
+    def injected_into(self) -> nn.Module | None:
+        """The model that this adapter was put into last."""
+        found = self.__dict__.get("_model")
+        return None if found is None else found()
+
+    def note_injection(self, model: nn.Module) -> None:
+        """Remember a model, for the loaders that are not told of it."""
+        self._model = weakref.ref(model)
+
+    def keep_unplaced(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Remember tensors of the file for which the model has no place, to be saved again."""
+        self._unplaced = tensors
+
+    @property
+    def unplaced(self) -> dict[str, torch.Tensor]:
+        """Those tensors, by their keys in the file."""
+        return self.__dict__.get("_unplaced", {})
 
     @property
     def described(self) -> AdapterConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,7 +17,17 @@ from dare_adapters.mask import matrix_shape
 from dare_adapters.tuner.state import DareState
 from dare_adapters.tuner.stored import Placement, StoredParameter
 
-__all__ = ["HeldTensor", "held_tensors", "live_state_dict", "remember_conversions"]
+if TYPE_CHECKING:
+    from dare_adapters.tuner.config import DareConfig
+
+__all__ = [
+    "HeldTensor",
+    "decoded",
+    "held_tensors",
+    "live_state_dict",
+    "remember_conversions",
+    "stored_keys",
+]
 
 
 class HeldTensor:
@@ -50,7 +60,7 @@ def held_tensors(model: nn.Module, adapter: str) -> Iterator[HeldTensor]:
 
 
 def live_state_dict(
-    model: nn.Module, config: Any, adapter: str, state_dict: dict[str, torch.Tensor]
+    model: nn.Module, config: DareConfig, adapter: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A file's tensors under the keys of the model, packed ones decoded where they are to train.
 
@@ -62,25 +72,27 @@ def live_state_dict(
     prefixed = any(key.startswith(KEY_PREFIX) for key in state_dict)
     held = list(held_tensors(model, adapter))
     for stored, group in _by_parameter(held):
-        layer = group[0].layer
-        file_keys = {
-            part: key if prefixed else key.removeprefix(KEY_PREFIX)
-            for part, key in _file_keys(stored.placement).items()
-        }
-        taken = {part: found.pop(key) for part, key in file_keys.items() if key in found}
+        keys = stored_keys(stored.placement)
+        if not prefixed:
+            keys = {part: key.removeprefix(KEY_PREFIX) for part, key in keys.items()}
+        taken = {part: found.pop(key) for part, key in keys.items() if key in found}
         if not taken:
             continue
-        if taken.keys() == {tensor.part for tensor in group}:
+        if taken.keys() == stored.parts.keys():
             stored.check(taken)
         else:
-            taken = _decoded(layer, stored, taken, adapter)
+            taken = decoded(stored, taken, f"adapter {adapter!r}")
         stored.forget()
         stored.loaded = True
         for tensor in group:
             found[tensor.live_key] = taken[tensor.part]
-    for name in getattr(config, "entries", {}):  # what the model has no place for
-        for key in config.entries[name].tensors(name):
-            found.pop(key if prefixed else key.removeprefix(KEY_PREFIX), None)
+    unplaced: dict[str, torch.Tensor] = {}
+    for name, entry in config.entries.items():  # what the model has no place for is kept
+        for key in entry.tensors(name):
+            read = key if prefixed else key.removeprefix(KEY_PREFIX)
+            if read in found:
+                unplaced[key] = found.pop(read)
+    config.keep_unplaced(unplaced)
     return found
 
 
@@ -92,14 +104,14 @@ def _by_parameter(held: list[HeldTensor]) -> Iterator[tuple[StoredParameter, lis
         yield group[0].stored, group
 
 
-def _file_keys(placement: Placement) -> dict[str, str]:
+def stored_keys(placement: Placement) -> dict[str, str]:
     """Part -> key, of all that the file may hold for a parameter."""
     parts = ("values", "scales", "support", "delta", "rows", "value")
     return {part: tensor_key(placement.name, part) for part in parts}
 
 
-def _decoded(
-    layer: DareState, stored: StoredParameter, taken: dict[str, torch.Tensor], adapter: str
+def decoded(
+    stored: StoredParameter, taken: dict[str, torch.Tensor], adapter: str
 ) -> dict[str, torch.Tensor]:
     """Packed survivors as the floats that are to train.
 
@@ -107,13 +119,12 @@ def _decoded(
         AdapterFormatError: they are not the adapter's whose config the layer was made by.
     """
     placement = stored.placement
-    packed = StoredParameter(_as_stored(placement))
+    packed = StoredParameter(replace(placement, trainable=False))
     if taken.keys() != packed.parts.keys() or stored.loaded:
-        listed = ", ".join(sorted(taken))
-        expected = ", ".join(sorted(stored.parts))
+        listed, expected = ", ".join(sorted(taken)), ", ".join(sorted(stored.parts))
         raise AdapterFormatError(
-            f"the file has {listed} for {placement.name}, adapter {adapter!r} takes {expected}. "
-            "Training resumes from values as they are: train with bits=None, and set "
+            f"the file has {listed} for {placement.name}, {adapter} takes {expected}. Training "
+            "resumes from values as they are: train with bits=None, and set "
             'model.peft_config["default"].bits before the last save'
         )
     packed.check(taken)

@@ -67,6 +67,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._tie()
         loading.remember_conversions(model)
+        config.note_injection(model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -218,7 +219,10 @@ def _own_targets(
 
 
 def _seed_of_torch() -> int:
-    """From the seed that the user's program has set: equal in processes that are seeded alike."""
+    """From the seed that the user's program has set; of a process group, that of the first."""
     digest = hashlib.sha256(f"dare-adapters:{torch.initial_seed()}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 11  # a JSON number that every reader keeps
+    seed = [int.from_bytes(digest[:8], "little") >> 11]  # a JSON number that every reader keeps
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed)  # one mask, however they are seeded
+    return seed[0]
 

@@ -10,7 +10,7 @@ import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -50,7 +50,7 @@ class Taken:
 
 
 def adapter_state_dict(
-    model: nn.Module, config: Any, adapter: str, state_dict: dict[str, torch.Tensor]
+    model: nn.Module, config: DareConfig, adapter: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter as its file has them.
 
@@ -72,8 +72,8 @@ def adapter_state_dict(
         name = stored.placement.name
         entries[name], made = _stored(stored, parts, config.bits)
         tensors.update({tensor_key(name, part): one for part, one in made.items()})
-    kept: dict[str, torch.Tensor] = getattr(config, "_unplaced", {})
-    for name, entry in getattr(config, "entries", {}).items():
+    kept: dict[str, torch.Tensor] = config.unplaced
+    for name, entry in config.entries.items():
         keys = entry.tensors(name)
         if name not in entries and all(key in kept for key in keys):
             entries[name] = entry

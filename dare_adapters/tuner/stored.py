@@ -82,6 +82,16 @@ class StoredParameter:
             for key, (dtype, shape) in self.held.tensors(self.placement.name).items()
         }
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the layer holds floats where the file has codes."""
+        return _packed(self.placement.entry) and self.placement.trainable
+
+    def as_stored(self, parts: Parts) -> dict[str, torch.Tensor]:
+        """Parts that a loader has cast, in the dtypes of the file again."""
+        stored = StoredParameter(replace(self.placement, trainable=False))
+        return {part: one.to(stored.parts[part][0]) for part, one in parts.items()}
+
     def trains(self, part: str) -> bool:
         """Whether a part is a parameter of the layer, and not a buffer."""
         return part != "scales" and self.parts[part][0].is_floating_point
@@ -107,6 +117,7 @@ class StoredParameter:
             made = SparseDelta(
                 entry.shape, support, entry.bits, values, scales, entry.exponent, added
             )
+            made.check_sizes(self.placement.name)
             self._packed = (now, made)
         return self._packed[1]
 
@@ -131,6 +142,11 @@ class StoredParameter:
                 encoding: SupportEncoding = "bitmap" if entry.mask == "bitmap" else "gaps"
                 stored = _on_cpu(parts["support"]).numpy()
                 self._support = decode_support(encoding, stored, rows, columns, name)
+            found = self._support.slot_count
+            if entry.slots is not None and entry.slots != found:
+                raise AdapterFormatError(
+                    f"the support of {name} has {found} entries, the config says {entry.slots}"
+                )
         return self._support
 
     def trained_part(self, parts: Parts, device: torch.device) -> TrainedPart:
@@ -173,11 +189,6 @@ class StoredParameter:
         if entry.kind == "sparse":
             delta = self.delta(parts)
             assert isinstance(delta, SparseDelta)
-            if entry.slots is not None and delta.support.slot_count != entry.slots:
-                raise AdapterFormatError(
-                    f"the support of {name} has {delta.support.slot_count} entries, the config "
-                    f"says {entry.slots}"
-                )
             delta.check_sizes(name)
 
     def _all_places(self, device: torch.device) -> torch.Tensor:
