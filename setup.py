@@ -12,7 +12,17 @@ setup(
             ["dare_adapters/_rows.c"],
             # No fused multiply-add: results are those of PyTorch, bit for bit.
             extra_compile_args=["-O3", "-ffp-contract=off"],
+            depends=["dare_adapters/_floats.h"],
             optional=True,
-        )
+        ),
+        Extension(
+            "dare_adapters.kernels._product",
+            ["dare_adapters/kernels/_product.c"],
+            include_dirs=["dare_adapters"],
+            depends=["dare_adapters/_floats.h"],
+            # Its sums have no other to equal bit for bit.
+            extra_compile_args=["-O3", "-ffp-contract=fast"],
+            optional=True,
+        ),
     ]
 )

@@ -3,21 +3,7 @@
  * sparse deltas. Each gives bit for bit what the Python beside it computes.
  * Compiled where there is a compiler (see setup.py) and called through ctypes by compiled.py. */
 
-#include <stdint.h>
-#include <string.h>
-
-#ifdef _MSC_VER
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-/* Wider vectors where the processor has them; GCC and glibc choose when the library is loaded. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-#define VECTORS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define VECTORS
-#endif
+#include "_floats.h"
 
 typedef unsigned __int128 wide;
 
@@ -37,8 +23,6 @@ static inline void philox(uint64_t seed, uint64_t key, uint64_t counter, uint64_
     }
     out[0] = a; out[1] = b; out[2] = c; out[3] = d;
 }
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct {
     uint64_t seed, key;
@@ -99,36 +83,6 @@ EXPORT void dare_positions(uint64_t seed, uint64_t key, int64_t columns, int64_t
         if (used) index[slots - 1] += (row - start) * columns;
         else index[slots - 1] = slots > 1 ? index[slots - 2] : 0;
     }
-}
-
-static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
-static inline uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
-
-static inline uint16_t to_bfloat16(float f) { /* to nearest, ties to even */
-    uint32_t bits = as_bits(f);
-    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-}
-
-static float from_half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
-    if (rest >= 0x7C00) return as_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-    if (rest >= 0x0400) return as_float(sign | ((rest << 13) + 0x38000000));
-    float small = (float)rest * 5.9604644775390625e-08f; /* 2^-24, exact */
-    return sign ? -small : small;
-}
-
-static uint16_t to_half(float f) { /* to nearest, ties to even */
-    uint32_t bits = as_bits(f), rest = bits & 0x7FFFFFFF;
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-    if (rest > 0x7F800000) return sign | 0x7E00;
-    if (rest >= 0x477FF000) return sign | 0x7C00;
-    if (rest < 0x38800000) { /* subnormal: adding 1/2 leaves the rounded bits at the end */
-        uint32_t sum = as_bits(as_float(rest) + 0.5f);
-        return sign | (uint16_t)(sum - 0x3F000000);
-    }
-    rest += 0xFFF + ((rest >> 13) & 1);
-    return sign | (uint16_t)((rest - 0x38000000) >> 13);
 }
 
 /* The codes of one row times its scale and the weight; writes up to seven entries too many. */
@@ -400,8 +354,6 @@ EXPORT int64_t dare_union(int64_t lists, const int64_t *const *index, const floa
             weights[index[j]] = ROUND(change[j] + READ(old));                            \
         }                                                                                \
     } while (0)
-
-static inline float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
 
 EXPORT void dare_add_at(int dtype, void *target, const int64_t *index, const float *change,
                         int64_t count, void *originals) {

@@ -6,16 +6,16 @@ Python threads fight over its lock when operations are short; these hold it not 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dare_adapters.shared_library import load_library
+
 __all__ = [
+    "DTYPES",
     "Where",
     "above",
     "abs_sum",
@@ -36,26 +36,16 @@ __all__ = [
     "union",
 ]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As `_floats.h` numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
-    """The shared library, or None where there is none or DARE_ADAPTERS_COMPILED=0 forbids it."""
-    if os.environ.get("DARE_ADAPTERS_COMPILED") == "0":
-        return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = Path(__file__).with_name(f"_rows{suffix}")
-        if file.is_file():
-            try:
-                library = ctypes.CDLL(str(file))
-                return _declare(library)
-            except (OSError, AttributeError):  # of another platform, or an older version
-                return None
-    return None
+    return load_library(__file__, "_rows", _declare)
 
 
-def _declare(library: Any) -> Any:
+def _declare(library: Any) -> None:
     word, size, place, number = ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     where = [word, word, size, size, size, size]
     library.dare_positions.argtypes = [*where, place, place]
@@ -91,7 +81,6 @@ def _declare(library: Any) -> Any:
     library.dare_abs_sum.restype = ctypes.c_double
     for name in ("between", "above", "union"):
         getattr(library, f"dare_{name}").restype = size
-    return library
 
 
 def available() -> bool:
@@ -129,7 +118,7 @@ def survivors(
     valid = torch.empty(stop - start, dtype=torch.bool)
     values = torch.empty(stop - start, slots)
     _library().dare_survivors(
-        *where, start, stop, _DTYPES[base.dtype], base.data_ptr(), _DTYPES[finetuned.dtype],
+        *where, start, stop, DTYPES[base.dtype], base.data_ptr(), DTYPES[finetuned.dtype],
         finetuned.data_ptr(), factor, index.data_ptr(), valid.data_ptr(), values.data_ptr(),
     )  # fmt: skip
     return index, valid, values
@@ -157,7 +146,7 @@ def apply_rows(
     change, sums = torch.empty(2, slots + 8).unbind()
     _library().dare_apply(
         *where, start, stop, bits, packed.data_ptr(), scales.data_ptr(), weight,
-        _DTYPES[target.dtype], target.data_ptr(), row_stride, originals.data_ptr(),
+        DTYPES[target.dtype], target.data_ptr(), row_stride, originals.data_ptr(),
         room.data_ptr(), change.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return originals
@@ -265,7 +254,7 @@ def add_at(
     """Add to some entries of `target` (flat), in place; what was there, if it is to be kept."""
     originals = torch.empty(len(index), dtype=target.dtype) if keep else None
     _library().dare_add_at(
-        _DTYPES[target.dtype], target.data_ptr(), index.data_ptr(), change.data_ptr(), len(index),
+        DTYPES[target.dtype], target.data_ptr(), index.data_ptr(), change.data_ptr(), len(index),
         None if originals is None else originals.data_ptr(),
     )  # fmt: skip
     return originals
@@ -284,7 +273,7 @@ def add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """base + change (float32) in float32, rounded once to the dtype of `base` (flat)."""
     total = torch.empty_like(base)
     _library().dare_add(
-        _DTYPES[base.dtype], base.data_ptr(), change.data_ptr(), len(base), total.data_ptr()
+        DTYPES[base.dtype], base.data_ptr(), change.data_ptr(), len(base), total.data_ptr()
     )
     return total
 
@@ -308,8 +297,8 @@ def bernoulli_survivors(
     room = (stop - start) * columns + 1
     index, values = torch.empty(room, dtype=torch.int64), torch.empty(room)
     count = _library().dare_bernoulli(
-        seed, key, columns, threshold, start, stop, _DTYPES[base.dtype], base.data_ptr(),
-        _DTYPES[finetuned.dtype], finetuned.data_ptr(), factor, index.data_ptr(),
+        seed, key, columns, threshold, start, stop, DTYPES[base.dtype], base.data_ptr(),
+        DTYPES[finetuned.dtype], finetuned.data_ptr(), factor, index.data_ptr(),
         values.data_ptr(),
     )  # fmt: skip
     return index[:count], values[:count]
@@ -340,9 +329,9 @@ def elect(
 
 def _pair(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[int, int, int, int, int]:
     return (
-        _DTYPES[base.dtype],
+        DTYPES[base.dtype],
         base.data_ptr(),
-        _DTYPES[finetuned.dtype],
+        DTYPES[finetuned.dtype],
         finetuned.data_ptr(),
         len(base),
     )
@@ -350,7 +339,7 @@ def _pair(base: torch.Tensor, finetuned: torch.Tensor) -> tuple[int, int, int, i
 
 def can_use(tensor: torch.Tensor) -> bool:
     """Whether the loops know the dtype and reach the memory of a tensor."""
-    return available() and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+    return available() and tensor.device.type == "cpu" and tensor.dtype in DTYPES
 
 
 def can_read(packed: torch.Tensor) -> bool:
