@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from torch.func import functional_call
 
+from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner.exchange import exchange, exchanged
 from dare_adapters.tuner.lazy_weight import lazy_weight
 from dare_adapters.tuner.state import DareState
@@ -47,17 +48,16 @@ class DareLayer(DareState):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward under the active adapters."""
-        names = kwargs.pop("adapter_names", None)
-        if names is not None:
-            from dare_adapters.tuner.mixed_batch import mixed_forward
-
-            return mixed_forward(self, names, args, kwargs)
         if self.disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.merged_adapters:
             return self.base_layer(*args, **kwargs)
+        if self.rows is not None:
+            from dare_adapters.tuner.mixed_batch import mixed_forward
+
+            return mixed_forward(self, args, kwargs)
         return self.forward_with(self.active_adapters, args, kwargs)
 
     def forward_with(
@@ -103,10 +103,24 @@ class DareLayer(DareState):
             self.unmerge()  # as a forward would, which does not come here
         found = getattr(self.owner, name)
         if isinstance(found, torch.Tensor) and not self.disable_adapters:
-            active = [] if self.merged_adapters else list(self.active_adapters)
-            if name in self.changed_by(active):
-                return lazy_weight(found, lambda: self.effective_of(name, active))
+            if not self.merged_adapters and name in self.changed_by(self.rows or self._active):
+                return lazy_weight(found, lambda: self._seen_value(name))
         return found
+
+    @property
+    def _active(self) -> list[str]:
+        return list(self.active_adapters)
+
+    def _seen_value(self, name: str) -> torch.Tensor:
+        if self.rows is None:
+            return self.effective_of(name, self._active)
+        if len(set(self.rows)) > 1:
+            raise UnsupportedParameterError(
+                f"the model computes with the {name} of a {type(self.owner).__name__} without "
+                "calling it, and it differs by row in this batch: pass rows of one adapter at a "
+                "time"
+            )
+        return self.effective_of(name, self.rows[:1])
 
     def __repr__(self) -> str:
         return "dare." + super().__repr__()
@@ -140,6 +154,12 @@ class DareBystander(DareState):
         return found
 
     @property
+    def around(self) -> nn.Module:
+        """During whose forward the parameters are exchanged."""
+        found: nn.Module = self._around[0]
+        return found
+
+    @property
     def base_layer(self) -> nn.Module:
         """The module that this one is in."""
         return self.owner
@@ -164,9 +184,14 @@ class DareBystander(DareState):
         if self.disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-        elif not self.merged_adapters:
+        elif not self.merged_adapters and self.rows is None:
             values = self.effective(self.active_adapters)
         self._exchanged.append(exchange(self.owner, values))
+
+    def exchange_for(self, adapters: Sequence[str]) -> None:
+        """Other adapters' values instead, inside :meth:`enter` and :meth:`leave`."""
+        self.leave()
+        self._exchanged.append(exchange(self.owner, self.effective(adapters)))
 
     def leave(self) -> None:
         """Put the base's own back."""
@@ -191,7 +216,7 @@ def _bystanders(module: nn.Module) -> Iterator[DareBystander]:
     """Those whose values are exchanged during this module's forward."""
     for holder in (module, *module._modules.values()):
         found = None if holder is None else holder._modules.get(BYSTANDER)
-        if isinstance(found, DareBystander) and found._around[0] is module:
+        if isinstance(found, DareBystander) and found.around is module:
             yield found
 
 

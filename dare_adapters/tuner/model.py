@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner import loading, saving
 from dare_adapters.tuner.config import DareConfig, OwnTargets
 from dare_adapters.tuner.layer import BYSTANDER, DareBystander, DareLayer
+from dare_adapters.tuner.mixed_batch import mixed_batch
 from dare_adapters.tuner.plan import Plan, plan_adapter
 from dare_adapters.tuner.state import DareState
 
@@ -143,6 +145,13 @@ class DareModel(BaseTuner):  # type: ignore[misc]
             for name, own in module._modules.items():
                 if own is child and not (isinstance(child, DareState) and module is child):
                     module._modules[name] = new_module
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """As PEFT calls it around a forward or `generate`, with all that these are given."""
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else mixed_batch(self, names, args, kwargs):
+            yield
 
     def _check_merge_allowed(self) -> None:
         """Any: tied weights are changed once, where they are."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from dare_adapters.delta import Delta, NewParameter, WeightedDelta
 from dare_adapters.errors import UnsupportedParameterError
+from dare_adapters.kernels import PackedDelta
 from dare_adapters.live import is_patchable
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.effective import add_deltas, add_trained
@@ -46,6 +47,8 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         # Own parameter -> (layer of another module, its parameter): one weight of two modules.
         # In a list, so that it is no child of this module.
         self._tied: dict[str, tuple[list[DareState], str]] = {}
+        # In a batch of several adapters: the adapter of each row.
+        self.rows: list[str] | None = None
 
     # --- what is here -------------------------------------------------------------------------
 
@@ -75,6 +78,25 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Take the changes of a parameter from the layer of another module that shares it."""
         if layer is not self:
             self._tied[local] = ([layer], there)
+
+    @property
+    def tied(self) -> dict[str, tuple[DareState, str]]:
+        """Own parameter -> the layer that has its changes, and the name there."""
+        return {local: (layer, there) for local, ((layer,), there) in self._tied.items()}
+
+    def holder(self, local: str) -> tuple[DareState, str]:
+        """The layer that has the changes of a parameter, and the parameter's name there."""
+        return self.tied.get(local, (self, local))
+
+    def product(self, one: StoredParameter, adapter: str, device: torch.device) -> PackedDelta:
+        """A parameter's change as products are taken from it; kept while its codes stay."""
+        return one.product(self.parts(one, adapter), device)
+
+    def forget_products(self) -> None:
+        """Of floats, which may have been trained since."""
+        for stored in self.dare_stored.values():
+            for one in stored:
+                one.forget_product()
 
     def _container(self, placement: Placement, part: str) -> AdapterTensors:
         name = f"{placement.stem}_{part}"

@@ -12,6 +12,7 @@ from dare_adapters.checkpoint import DTYPES
 from dare_adapters.config import ParameterEntry
 from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.errors import AdapterFormatError
+from dare_adapters.kernels import PackedDelta
 from dare_adapters.live import LiveParameter
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Slots, Support, matrix_shape
 from dare_adapters.stored_support import SupportEncoding, decode_support
@@ -61,6 +62,7 @@ class StoredParameter:
     _packed: tuple[list[tuple[torch.Tensor, int]], SparseDelta] | None = field(
         default=None, repr=False
     )
+    _product: tuple[Delta, PackedDelta] | None = field(default=None, repr=False)
     _places: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]] = field(
         default_factory=dict, repr=False
     )
@@ -121,6 +123,24 @@ class StoredParameter:
             self._packed = (now, made)
         return self._packed[1]
 
+    def product(self, parts: Parts, device: torch.device) -> PackedDelta:
+        """The change as products are taken from it, on a device."""
+        delta = self.delta(parts)
+        assert isinstance(delta, Delta)
+        kept = self._product
+        # Codes make a delta once; floats make one each time, of which the first is kept.
+        if kept is None or kept[1].device != device or (
+            _packed(self.held) and kept[0] is not delta
+        ):
+            kept = (delta, PackedDelta.from_delta(delta, device=device))
+            self._product = kept
+        return kept[1]
+
+    def forget_product(self) -> None:
+        """Of floats, which change without a sign: `parameter.data` does not tell."""
+        if not _packed(self.held):
+            self._product = None
+
     def support(self, parts: Parts) -> Support:
         """Where the survivors are.
 
@@ -163,7 +183,7 @@ class StoredParameter:
 
     def forget(self) -> None:
         """What was computed of tensors that are others now."""
-        self._support, self._packed = None, None
+        self._support, self._packed, self._product = None, None, None
         self._places.clear()
 
     def check(self, parts: Parts) -> None:
