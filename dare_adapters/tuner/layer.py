@@ -159,11 +159,6 @@ class DareBystander(DareState):
         found: nn.Module = self._around[0]
         return found
 
-    @property
-    def base_layer(self) -> nn.Module:
-        """The module that this one is in."""
-        return self.owner
-
     def remove(self) -> None:
         """Leave the module as it was, but for what is merged."""
         for hook in self._hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from dare_adapters.tuner import loading, saving
 from dare_adapters.tuner.config import DareConfig, OwnTargets
 from dare_adapters.tuner.layer import BYSTANDER, DareBystander, DareLayer
 from dare_adapters.tuner.mixed_batch import mixed_batch
+from dare_adapters.tuner.names import base_model
 from dare_adapters.tuner.plan import Plan, plan_adapter
 from dare_adapters.tuner.state import DareState
 
@@ -60,6 +61,8 @@ class DareModel(BaseTuner):  # type: ignore[misc]
             raise TypeError(f"{adapter_name}: a DareModel takes a DareConfig, not {type(config)}")
         if config.seed is None:
             config.seed = _seed_of_torch()
+        if config.described is not None and not config.inference_mode:
+            config.bits = None  # those of the file: what is trained from now on is not rounded
         config.own_modules(config.modules_to_save)
         _maybe_include_all_linear_layers(config, model)
         self._plan = plan_adapter(model, config)
@@ -68,7 +71,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
             self._inject_root(config, adapter_name, model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._tie()
-        loading.remember_conversions(model)
+        loading.remember_conversions(base_model(model))
         config.note_injection(model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> Any:
@@ -145,6 +148,48 @@ class DareModel(BaseTuner):  # type: ignore[misc]
             for name, own in module._modules.items():
                 if own is child and not (isinstance(child, DareState) and module is child):
                     module._modules[name] = new_module
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        bits: int | None = 32,
+        seed: int = 0,
+        mask: str = "auto",
+        prune: str | None = None,
+        drop_rate: float | None = None,
+        statistics: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Make a new adapter of loaded ones; it is not activated, and can be saved as any other.
+
+        Args:
+            adapters: names of loaded adapters.
+            weights: one for each.
+            adapter_name: of the new one.
+            combination_type: "linear", "ties", "dare_ties", …: `dare_adapters.method_names()`.
+            bits: of each entry of the new adapter; 32 rounds nothing, None takes those of the
+                finest of `adapters`.
+            seed, mask: of what is dropped at random.
+            prune, drop_rate: done to every delta before the method.
+            statistics: a mapping for each adapter, for "fisher" and "regmean".
+            **options: of the combination type: `density`, `majority_sign_method`, ….
+
+        Raises:
+            AdapterNotFoundError: a name is not loaded.
+            AdapterExistsError: `adapter_name` is taken.
+            CombinationError: an unknown method or option, or a value out of range; adapters are
+                merged.
+        """
+        from dare_adapters.tuner.weighted import add_weighted
+
+        add_weighted(
+            self, adapters, weights, adapter_name, combination_type, bits=bits, seed=seed,
+            mask=mask, prune=prune, drop_rate=drop_rate, statistics=statistics, options=options,
+        )  # fmt: skip
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

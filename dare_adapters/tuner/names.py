@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["Owner", "own_tensors"]
+__all__ = ["Owner", "base_model", "own_tensors"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class Owner:
         return found
 
 
+# What PEFT and FSDP put around a whole model -> the name that the model has there.
+_AROUND = ((PeftModel, "base_model"), (PeftMixedModel, "base_model"), (BaseTuner, "model"))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model in all that PEFT and FSDP have put around it."""
+    while (step := _step_inside(model)) is not None:
+        model = model._modules[step]  # type: ignore[assignment]
+    return model
+
+
+def _step_inside(model: nn.Module) -> str | None:
+    if "_fsdp_wrapped_module" in model._modules:
+        return "_fsdp_wrapped_module"
+    return next((step for kind, step in _AROUND if isinstance(model, kind)), None)
+
+
 def own_tensors(model: nn.Module) -> dict[str, Owner]:
     """Name in the state dict of the model without adapters -> the tensor's owner."""
     return dict(_walk(model, "", ""))
@@ -52,6 +70,9 @@ def _walk(module: nn.Module, name: str, path: str) -> Iterator[tuple[str, Owner]
             step = "original_module" if "original_module" in inner._modules else "token_adapter"
             found = inner._modules.get(step)
             path = _join(path, step)  # what it wraps is used by name: layers go inside
+        elif (around := _step_inside(inner)) is not None:
+            step, found = around, inner._modules.get(around)
+            path = _join(path, step)
         else:
             break
         if found is None:

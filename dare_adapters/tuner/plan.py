@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from dare_adapters.live import LiveParameter, locate, locate_all
 from dare_adapters.mask import BernoulliSupport, matrix_shape
 from dare_adapters.tensor_file import DTYPE_NAMES
 from dare_adapters.tuner.config import DareConfig, OwnModules
-from dare_adapters.tuner.names import Owner, own_tensors
+from dare_adapters.tuner.names import Owner, base_model, own_tensors
 from dare_adapters.tuner.stored import Placement
 
 __all__ = ["Plan", "plan_adapter"]
@@ -66,6 +67,7 @@ def plan_adapter(model: nn.Module, config: DareConfig) -> Plan:
         NoMatchingPeftModuleError: a recipe's modules are not in the model.
     """
     owners = own_tensors(model)
+    model = base_model(model)
     plan = Plan()
     chosen: list[tuple[str, LiveParameter, ParameterEntry]] = []
     if config.described is not None:
@@ -137,7 +139,8 @@ def _recipe(
         named.setdefault(place.owner, []).append((name, place))
     asked = config
     if config.target_modules is None:  # every module, with PEFT's exclusions
-        asked = replace(config, target_modules=".*", modules_to_save=None)
+        asked = copy.copy(config)
+        asked.target_modules, asked.modules_to_save = ".*", None
     matched = False
     for own, owner in trains.items():
         if own in taken:
@@ -259,7 +262,8 @@ def _put(
     stem = "dare_" + name.rpartition(".")[2]
     if any(other.stem == stem for other in there):
         stem = "dare_" + name.replace(".", "__")
-    packed = entry.kind == "sparse" and entry.bits is not None and entry.bits < 16
+    # Of an adapter in few bits that is not to train nothing does: all of it stays as it is stored.
+    packed = any(e.bits is not None and e.bits < 16 for e in config.entries.values())
     trainable = not (packed and config.inference_mode)
     window = replace(place, owner=owner.local)
     assert config.seed is not None

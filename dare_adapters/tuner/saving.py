@@ -22,7 +22,7 @@ from dare_adapters.encode import encode_seeded
 from dare_adapters.live import is_patchable, locate_all
 from dare_adapters.tensor_file import DTYPE_NAMES, file_sha256
 from dare_adapters.tuner.loading import HeldTensor, held_tensors
-from dare_adapters.tuner.names import own_tensors
+from dare_adapters.tuner.names import base_model, own_tensors
 from dare_adapters.tuner.state import DareState
 from dare_adapters.tuner.stored import StoredParameter
 from dare_adapters.versions import library_versions
@@ -116,6 +116,13 @@ def _stored(
     """A parameter's entry and tensors as they are to be written."""
     placement, entry = stored.placement, stored.held
     whole = {part: _whole(one) for part, one in parts.items()}
+    if entry.kind == "sparse" and bits is not None and bits < 16 and placement.trainable:
+        delta = stored.delta({part: one.cpu() for part, one in whole.items()})
+        assert isinstance(delta, SparseDelta)
+        encoded = encode_seeded(placement.name, delta, bits, entry)
+        prefix = tensor_key(placement.name, "")
+        tensors = {key.removeprefix(prefix): one for key, one in encoded.tensors.items()}
+        return encoded.entry, tensors
     as_read = _as_read(placement.entry, entry, whole)
     if as_read is not None:
         return placement.entry, as_read
@@ -123,13 +130,6 @@ def _stored(
         part = "delta" if entry.kind == "dense" else "value"
         made = replace(entry, dtype=DTYPE_NAMES[whole[part].dtype])
         return _with_rows(made, whole), whole
-    if bits is not None and bits < 16 and placement.trainable:
-        delta = stored.delta({part: one.cpu() for part, one in whole.items()})
-        assert isinstance(delta, SparseDelta)
-        encoded = encode_seeded(placement.name, delta, bits, entry)
-        prefix = tensor_key(placement.name, "")
-        tensors = {key.removeprefix(prefix): one for key, one in encoded.tensors.items()}
-        return encoded.entry, tensors
     values = whole["values"]
     if values.dtype == torch.float64:
         values = whole["values"] = values.to(torch.float32)
@@ -181,7 +181,7 @@ def _describe(
         entries = {name: entries[name] for name in order}
         bits = max(pruned, default=read.bits)
         return replace(read, parameters=entries, bits=bits, method=_method(read, entries))
-    base = _transformers_model(model)
+    base = base_model(model)
     architectures = getattr(getattr(base, "config", None), "architectures", None)
     count = sum(owner.tensor.numel() for owner in own_tensors(base).values())
     return AdapterConfig(
@@ -206,19 +206,6 @@ def _describe(
 
 def _method(read: AdapterConfig, entries: dict[str, ParameterEntry]) -> str:
     return read.method if read.parameters == entries else "trained"
-
-
-def _transformers_model(model: nn.Module) -> nn.Module:
-    """The model in PEFT's and FSDP's, if it is in any."""
-    from peft import PeftModel
-
-    inner = getattr(model, "_fsdp_wrapped_module", model)
-    if isinstance(inner, PeftModel):
-        base = inner.get_base_model()
-        assert isinstance(base, nn.Module)
-        return base
-    assert isinstance(inner, nn.Module)
-    return inner
 
 
 @torch.no_grad()

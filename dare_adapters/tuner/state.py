@@ -14,7 +14,7 @@ from torch import nn
 from dare_adapters.delta import Delta, NewParameter, WeightedDelta
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.kernels import PackedDelta
-from dare_adapters.live import is_patchable
+from dare_adapters.live import LiveParameter, is_patchable
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.effective import add_deltas, add_trained
 from dare_adapters.tuner.stored import Placement, StoredParameter
@@ -33,11 +33,10 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         dare_stored: adapter -> its parameters here.
     """
 
-    other_param_names: tuple[str, ...] = ("dare_stored",)
-
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.adapter_layer_names: tuple[str, ...] = ()
+        self.other_param_names: tuple[str, ...] = ("dare_stored",)
         self.dare_stored: dict[str, list[StoredParameter]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -102,7 +101,10 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         name = f"{placement.stem}_{part}"
         if name not in self._modules:
             self.add_module(name, AdapterTensors())
-            self.adapter_layer_names = (*self.adapter_layer_names, name)
+            if part in ("scales", "support"):  # which never train
+                self.other_param_names = (*self.other_param_names, name)
+            else:
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
         found = self._modules[name]
         assert isinstance(found, AdapterTensors)
         return found
@@ -165,13 +167,13 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _sum(
         self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
     ) -> torch.Tensor:
-        floats = not any(one.held.bits is not None and one.held.bits < 16 for one, _ in here)
-        if floats and (torch.is_grad_enabled() or base.device.type != "cpu"):
-            parts = [
-                one.trained_part(self.parts(one, adapter), base.device) for one, adapter in here
-            ]
-            return add_trained(base, parts)
-        windows: dict[object, tuple[Any, list[WeightedDelta]]] = {}
+        if any(
+            part.requires_grad for one, adapter in here for part in self.parts(one, adapter).values()
+        ) and torch.is_grad_enabled():
+            return self._trained_sum(base, here)
+        if base.device.type != "cpu":
+            return self._sum_on_device(base, here)
+        windows: dict[object, tuple[LiveParameter, list[WeightedDelta]]] = {}
         for one, adapter in here:
             delta = self.delta(one, adapter)
             assert isinstance(delta, Delta)
@@ -179,6 +181,32 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             key = (window.offset, window.strides, window.shape, id(window.positions))
             windows.setdefault(key, (window, []))[1].append(WeightedDelta(delta))
         return add_deltas(base, list(windows.values()))
+
+    def _trained_sum(
+        self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
+    ) -> torch.Tensor:
+        """Packed adapters first, which have no gradients; then those that do."""
+        packed = [pair for pair in here if not pair[0].holds_floats]
+        if packed:
+            with torch.no_grad():
+                base = self._sum(base, packed)
+        trained = [pair for pair in here if pair[0].holds_floats]
+        parts = [one.trained_part(self.parts(one, name), base.device) for one, name in trained]
+        return add_trained(base, parts)
+
+    def _sum_on_device(
+        self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
+    ) -> torch.Tensor:
+        """The same sums from packed deltas, where those are."""
+        total = torch.zeros(base.numel(), device=base.device)
+        for one, adapter in here:
+            change = self.product(one, adapter, base.device).dense().reshape(-1)
+            if one.placement.window.whole:
+                total[: len(change)] += change
+            else:
+                total[one.all_places(base.device)] += change
+        flat = base.detach().contiguous().reshape(-1)
+        return total.add_(flat).to(base.dtype).view(base.shape)
 
     def _with_rows(
         self, made: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]

@@ -85,6 +85,11 @@ class StoredParameter:
         }
 
     @property
+    def holds_floats(self) -> bool:
+        """Whether the layer holds survivors as floats."""
+        return not _packed(self.held)
+
+    @property
     def decodes(self) -> bool:
         """Whether the layer holds floats where the file has codes."""
         return _packed(self.placement.entry) and self.placement.trainable
@@ -96,7 +101,8 @@ class StoredParameter:
 
     def trains(self, part: str) -> bool:
         """Whether a part is a parameter of the layer, and not a buffer."""
-        return part != "scales" and self.parts[part][0].is_floating_point
+        floats = part != "scales" and self.parts[part][0].is_floating_point
+        return floats and self.placement.trainable
 
     def delta(self, parts: Parts) -> Delta | NewParameter:
         """The change as `dare_adapters.delta` has it, of tensors as they are now, on the CPU."""
@@ -174,7 +180,7 @@ class StoredParameter:
         entry, window = self.held, self.placement.window
         if entry.kind == "dense":
             whole = window.whole and entry.shape == window.shape
-            return TrainedPart(parts["delta"], None if whole else self._all_places(device))
+            return TrainedPart(parts["delta"], None if whole else self.all_places(device))
         places, valid = self._survivor_places(parts, device)
         values = parts["values"]
         if valid is None:
@@ -211,12 +217,10 @@ class StoredParameter:
             assert isinstance(delta, SparseDelta)
             delta.check_sizes(name)
 
-    def _all_places(self, device: torch.device) -> torch.Tensor:
-        if device not in self._places:
-            entry, window = self.placement.entry, self.placement.window
-            index = torch.arange(math.prod(entry.shape))
-            self._places[device] = (window.places(index, entry.shape).to(device), None)
-        return self._places[device][0]
+    def all_places(self, device: torch.device) -> torch.Tensor:
+        """Where each entry of the parameter is in the live one: flat positions of both."""
+        entry, window = self.placement.entry, self.placement.window
+        return window.places(torch.arange(math.prod(entry.shape)), entry.shape).to(device)
 
     def _survivor_places(
         self, parts: Parts, device: torch.device
