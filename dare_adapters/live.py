@@ -206,9 +206,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _undo_conversion(
-    model: nn.Module, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _undo_conversion(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `save_pretrained` would make of these tensors: checkpoint name -> tensor."""
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion

@@ -72,10 +72,10 @@ class TensorFileWriter:
                 spool = self._spools[dtype]
                 for _, _, start, nbytes in self._placed[dtype]:
                     spool.seek(start)
-                    while nbytes and (chunk := spool.read(min(nbytes, _CHUNK))):
+                    for done in range(0, nbytes, _CHUNK):
+                        chunk = spool.read(min(nbytes - done, _CHUNK))
                         digest.update(chunk)
                         file.write(chunk)
-                        nbytes -= len(chunk)
         self.close()
         return digest.hexdigest()
 

@@ -61,7 +61,7 @@ class OwnTargets(set[str]):
 
 
 @dataclass
-class DareConfig(PeftConfig):
+class DareConfig(PeftConfig):  # type: ignore[misc]
     """An adapter of PEFT's method "DARE": one that exists, or how to train one.
 
     Read from a directory it describes that adapter, tensor by tensor. Made by hand it is a recipe:
@@ -134,7 +134,7 @@ class DareConfig(PeftConfig):
         self._described = self._describe(raw) if self.digest is not None else None
         if self._described is None:
             self._check_recipe()
-        elif self.auto_mapping is None and self.base_architectures:
+        elif not of_peft.get("auto_mapping") and self.base_architectures:
             self.auto_mapping = {
                 "base_model_class": self.base_architectures[0],
                 "parent_library": "transformers",
@@ -164,7 +164,8 @@ class DareConfig(PeftConfig):
     @property
     def unplaced(self) -> dict[str, torch.Tensor]:
         """Those tensors, by their keys in the file."""
-        return self.__dict__.get("_unplaced", {})
+        found: dict[str, torch.Tensor] = self.__dict__.get("_unplaced", {})
+        return found
 
     @property
     def described(self) -> AdapterConfig | None:

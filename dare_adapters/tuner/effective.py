@@ -53,7 +53,8 @@ def add_deltas(
 def add_trained(base: torch.Tensor, parts: Sequence[TrainedPart]) -> torch.Tensor:
     """The same, differentiable in the values of each part."""
     positions = [part.positions for part in parts]
-    made: torch.Tensor = _AddTrained.apply(base, positions, *(part.values for part in parts))
+    values = (part.values for part in parts)
+    made: torch.Tensor = _AddTrained.apply(base, positions, *values)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -70,10 +71,11 @@ class _AddTrained(torch.autograd.Function):
         ctx.positions = positions
         ctx.kinds = [(value.shape, value.dtype) for value in values]
         flat = base.detach().contiguous().view(-1)
-        if len(values) == 1 and positions[0] is not None:
-            made, place = flat.clone(), positions[0]
-            here = made.index_select(0, place).to(torch.float32)
-            made.index_copy_(0, place, here.add_(values[0].reshape(-1)).to(made.dtype))
+        only = positions[0] if len(positions) == 1 else None
+        if only is not None:
+            made = flat.clone()
+            here = made.index_select(0, only).to(torch.float32)
+            made.index_copy_(0, only, here.add_(values[0].reshape(-1)).to(made.dtype))
             return made.view(base.shape)
         total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
         for value, place in zip(values, positions, strict=True):

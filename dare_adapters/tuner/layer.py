@@ -58,7 +58,7 @@ class DareLayer(DareState):
             from dare_adapters.tuner.mixed_batch import mixed_forward
 
             return mixed_forward(self, args, kwargs)
-        return self.forward_with(self.active_adapters, args, kwargs)
+        return self.forward_with(self.active, args, kwargs)
 
     def forward_with(
         self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -76,7 +76,9 @@ class DareLayer(DareState):
     def _within(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Names of the owner's parameters as the base layer has them."""
         prefix, found = "", self._modules["base_layer"]
-        while found is not None and isinstance(inner := found._modules.get("base_layer"), nn.Module):
+        while found is not None and isinstance(
+            inner := found._modules.get("base_layer"), nn.Module
+        ):
             prefix, found = prefix + "base_layer.", inner
         return {prefix + name: value for name, value in values.items()}
 
@@ -102,18 +104,15 @@ class DareLayer(DareState):
         if self.disable_adapters and self.merged_adapters and name in self.owner._parameters:
             self.unmerge()  # as a forward would, which does not come here
         found = getattr(self.owner, name)
-        if isinstance(found, torch.Tensor) and not self.disable_adapters:
-            if not self.merged_adapters and name in self.changed_by(self.rows or self._active):
-                return lazy_weight(found, lambda: self._seen_value(name))
-        return found
-
-    @property
-    def _active(self) -> list[str]:
-        return list(self.active_adapters)
+        if not isinstance(found, torch.Tensor) or self.disable_adapters or self.merged_adapters:
+            return found
+        if name not in self.changed_by(self.rows or self.active):
+            return found
+        return lazy_weight(found, lambda: self._seen_value(name))
 
     def _seen_value(self, name: str) -> torch.Tensor:
         if self.rows is None:
-            return self.effective_of(name, self._active)
+            return self.effective_of(name, self.active)
         if len(set(self.rows)) > 1:
             raise UnsupportedParameterError(
                 f"the model computes with the {name} of a {type(self.owner).__name__} without "
@@ -137,10 +136,10 @@ class DareBystander(DareState):
 
     def __init__(self, owner: nn.Module, parent: nn.Module | None) -> None:
         super().__init__()
-        object.__setattr__(self, "_owner", [owner])
+        self._beside: dict[str, list[nn.Module]] = {"owner": [owner]}  # no children of this one
         reads = isinstance(parent, nn.TransformerEncoderLayer)
         around = parent if reads and parent is not None else owner
-        object.__setattr__(self, "_around", [around])
+        self._beside["around"] = [around]
         self.in_features, self.out_features = None, None
         self._exchanged: list[dict[str, Any]] = []
         self._hooks = [
@@ -150,14 +149,12 @@ class DareBystander(DareState):
 
     @property
     def owner(self) -> nn.Module:
-        found: nn.Module = self._owner[0]
-        return found
+        return self._beside["owner"][0]
 
     @property
     def around(self) -> nn.Module:
         """During whose forward the parameters are exchanged."""
-        found: nn.Module = self._around[0]
-        return found
+        return self._beside["around"][0]
 
     def remove(self) -> None:
         """Leave the module as it was, but for what is merged."""
@@ -180,7 +177,7 @@ class DareBystander(DareState):
             if self.merged_adapters:
                 self.unmerge()
         elif not self.merged_adapters and self.rows is None:
-            values = self.effective(self.active_adapters)
+            values = self.effective(self.active)
         self._exchanged.append(exchange(self.owner, values))
 
     def exchange_for(self, adapters: Sequence[str]) -> None:

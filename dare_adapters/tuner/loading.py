@@ -41,9 +41,7 @@ class HeldTensor:
         live_key: its key in the model's state dict.
     """
 
-    def __init__(
-        self, layer: DareState, stored: StoredParameter, part: str, live_key: str
-    ) -> None:
+    def __init__(self, layer: DareState, stored: StoredParameter, part: str, live_key: str) -> None:
         self.layer, self.stored, self.part, self.live_key = layer, stored, part, live_key
         self.file_key = tensor_key(stored.placement.name, part)
 

@@ -80,16 +80,31 @@ def mixed_forward(layer: DareLayer, args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(layer.owner, nn.Embedding) and count == 1:  # positions, the same for all rows
         args = tuple(_repeated(one, len(rows)) for one in args)
         count = len(rows)
-    if count is None or count % len(rows):
-        raise UnsupportedParameterError(
-            f"{type(layer.owner).__name__} is given {count} inputs for a batch of {len(rows)} "
-            "rows, and cannot be computed with an adapter for each of them: pass rows of one "
-            "adapter at a time, or leave adapter_names out"
-        )
-    per_row = count // len(rows)
+    per_row = _inputs_per_row(layer, len(rows), count, args, kwargs)
+    assert count is not None
     if can_add(layer, present):
         return forward_with_deltas(layer, present, _slots(rows, present, per_row), args, kwargs)
     return _by_adapter(layer, rows, per_row, count, args, kwargs)
+
+
+def _inputs_per_row(
+    layer: DareLayer, rows: int, count: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int:
+    """1, or the length of the rows where these are laid out one after the other.
+
+    Raises:
+        ValueError: the input is not that of as many rows.
+    """
+    x = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
+    laid_out = x is not None and x.dim() == (1 if isinstance(layer.owner, nn.Embedding) else 2)
+    if count is None or count % rows or (count != rows and not laid_out):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{rows} and {count} respectively, of a {type(layer.owner).__name__}. A layer that is "
+            "computed once for all rows cannot have an adapter for each: pass rows of one adapter "
+            "at a time"
+        )
+    return count // rows
 
 
 def _by_adapter(
@@ -301,5 +316,6 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return None
-    found: nn.Module = model.get_encoder()
-    return found
+    found: Any = model
+    encoder: nn.Module = found.get_encoder()
+    return encoder

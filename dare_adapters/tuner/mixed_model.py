@@ -7,7 +7,9 @@ on one transformers model with `load_adapter`, or a `PeftModel` in a `PeftModel`
 from __future__ import annotations
 
 import functools
-from typing import Any, Union
+from functools import reduce
+from operator import or_
+from typing import Any
 
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_model
@@ -34,7 +36,7 @@ def allow_in_mixed_models() -> None:
     types = (*mixed_model.COMPATIBLE_TUNER_TYPES, kind)
     mixed_model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = types
     mixed_model.PREFIXES.append(DareModel.prefix)
-    mixed_model.Configs = Union[(*mixed_model.Configs.__args__, DareConfig)]
+    mixed_model.Configs = reduce(or_, (*mixed_model.Configs.__args__, DareConfig))
     mixed_model.Layers = (*mixed_model.Layers, DareState)
     tuner = mixed_model.MixedModel
     tuner.inject_adapter = _injecting(tuner.inject_adapter)
@@ -43,7 +45,9 @@ def allow_in_mixed_models() -> None:
 
 def _injecting(plain: Any) -> Any:
     @functools.wraps(plain)
-    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *a: Any, **k: Any) -> None:
+    def inject_adapter(
+        self: BaseTuner, model: nn.Module, adapter_name: str, *a: Any, **k: Any
+    ) -> None:
         if not isinstance(self.peft_config[adapter_name], DareConfig):
             plain(self, model, adapter_name, *a, **k)
             return

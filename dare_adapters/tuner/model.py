@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -43,7 +43,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
 
     prefix: str = "dare_"
     tuner_layer_cls = DareState
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     _plan: Plan
 
@@ -279,4 +279,3 @@ def _seed_of_torch() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(seed)  # one mask, however they are seeded
     return seed[0]
-

@@ -21,7 +21,7 @@ from dare_adapters.errors import (
 from dare_adapters.live import LiveParameter, locate, locate_all
 from dare_adapters.mask import BernoulliSupport, matrix_shape
 from dare_adapters.tensor_file import DTYPE_NAMES
-from dare_adapters.tuner.config import DareConfig, OwnModules
+from dare_adapters.tuner.config import DareConfig
 from dare_adapters.tuner.names import Owner, base_model, own_tensors
 from dare_adapters.tuner.stored import Placement
 
@@ -97,9 +97,7 @@ def _described(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     prefixed = prefix != "." and any(name.startswith(prefix) for name in entries)
     needed = [
-        name
-        for name in lacking
-        if name in changed and (not prefixed or name.startswith(prefix))
+        name for name in lacking if name in changed and (not prefixed or name.startswith(prefix))
     ]
     made_for = ", ".join(config.base_architectures) or "an unnamed architecture"
     if needed:
@@ -132,7 +130,7 @@ def _recipe(
 ) -> Iterator[tuple[str, LiveParameter, ParameterEntry]]:
     """The parameters that are to train, with their names in a checkpoint."""
     trains = {name: owner for name, owner in owners.items() if _trains(owner)}
-    whole = list(config.modules_to_save or OwnModules())
+    whole = [] if config.modules_to_save is None else list(config.modules_to_save)
     named: dict[str, list[tuple[str, LiveParameter]]] = {}
     tensors = {name: owner.tensor for name, owner in owners.items()}
     for name, place in locate_all(model, tensors).items():
@@ -267,7 +265,8 @@ def _put(
     trainable = not (packed and config.inference_mode)
     window = replace(place, owner=owner.local)
     assert config.seed is not None
-    there.append(Placement(name, owner.local, window, entry, stem, trainable, config.seed))
+    wide = config.described is not None and not config.inference_mode
+    there.append(Placement(name, owner.local, window, entry, stem, trainable, wide, config.seed))
 
 
 def _tie(plan: Plan, owners: Mapping[str, Owner], placed: Mapping[int, str]) -> None:
@@ -286,4 +285,3 @@ def _tie(plan: Plan, owners: Mapping[str, Owner], placed: Mapping[int, str]) -> 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-

@@ -100,9 +100,9 @@ class _Decoding(WeightConverter):  # type: ignore[misc]
         values = next(one for _, one in self._places.decoded.values() if one.live_key == layer_name)
         parts = values.stored.as_stored(collected)
         made = decoded(values.stored, parts, "the adapter")
-        held = {tensor.part: tensor for tensor in self._places._held if (
-            tensor.stored is values.stored
-        )}
+        held = {
+            tensor.part: tensor for tensor in self._places._held if (tensor.stored is values.stored)
+        }
         return {tensor.live_key: made[part] for part, tensor in held.items()}
 
 

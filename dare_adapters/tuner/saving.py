@@ -102,8 +102,10 @@ def take_description(config: DareConfig, directory: Path) -> AdapterConfig | Non
         whole = {key: one.detach().cpu().contiguous() for key, one in taken.tensors.items()}
         digest = hashlib.sha256(safetensors_bytes(whole, {"format": "pt"})).hexdigest()
     read = config.described
-    if read is not None and digest == read.sha256 and taken.description.parameters == (
-        read.parameters
+    if (
+        read is not None
+        and digest == read.sha256
+        and taken.description.parameters == (read.parameters)
     ):
         return read
     taken.description.sha256 = digest
@@ -188,9 +190,9 @@ def _describe(
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         base_architectures=list(architectures or [type(base).__name__]),
-        task_type=None if config.task_type is None else str(getattr(
-            config.task_type, "value", config.task_type
-        )),
+        task_type=None
+        if config.task_type is None
+        else str(getattr(config.task_type, "value", config.task_type)),
         method="trained",
         mask="blocked" if config.rule.block is not None else "bernoulli",
         drop_rate=config.drop_rate,

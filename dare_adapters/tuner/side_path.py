@@ -31,7 +31,9 @@ def can_add(layer: DareLayer, adapters: Sequence[str]) -> bool:
     if kind is None or any(local in layer.tied for local in layer.changed_by(adapters)):
         return kind is not None and _tied_whole(layer, adapters)
     return all(
-        _fits(layer.owner, kind, one) for name in adapters for one in layer.dare_stored.get(name, ())
+        _fits(layer.owner, kind, one)
+        for name in adapters
+        for one in layer.dare_stored.get(name, ())
     )
 
 
@@ -51,7 +53,7 @@ def forward_with_deltas(
         args, kwargs: of the forward.
     """
     x = args[0] if args else next(iter(kwargs.values()))
-    made = layer.base_layer(*args, **kwargs)
+    made: torch.Tensor = layer.base_layer(*args, **kwargs)
     owner, kind = layer.owner, _kind(layer.owner)
     if torch.is_grad_enabled() and made.requires_grad:
         made = made.clone()
@@ -224,9 +226,12 @@ def _unfolded(owner: Any, x: torch.Tensor) -> torch.Tensor:
         outputs = (length - dilation * (size - 1) - 1) // stride + 1
         index = torch.arange(outputs)[:, None] * stride + torch.arange(size) * dilation
         picked = padded.index_select(2 + 2 * axis, index.reshape(-1).to(x.device))
-        padded = picked.unflatten(2 + 2 * axis, (outputs, size))
-    order = [0, 1, *(2 + 2 * axis for axis in range(count)), *(
-        3 + 2 * axis for axis in range(count)
-    )]
+        padded = torch.unflatten(picked, 2 + 2 * axis, (outputs, size))
+    order = [
+        0,
+        1,
+        *(2 + 2 * axis for axis in range(count)),
+        *(3 + 2 * axis for axis in range(count)),
+    ]
     found = padded.permute(order)
     return found.flatten(2 + count).flatten(2, 1 + count)

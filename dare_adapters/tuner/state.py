@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -55,6 +54,12 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def owner(self) -> nn.Module:
         """The module whose parameters change, without any adapter layers around it."""
         raise NotImplementedError
+
+    @property
+    def active(self) -> list[str]:
+        """The active adapters, of which some may have nothing here."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
 
     def add_adapter(
         self, adapter: str, placements: Sequence[Placement], *, init_weights: bool
@@ -164,12 +169,15 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         made = self._sum(base, here)
         return self._with_rows(made, here)
 
-    def _sum(
-        self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
-    ) -> torch.Tensor:
-        if any(
-            part.requires_grad for one, adapter in here for part in self.parts(one, adapter).values()
-        ) and torch.is_grad_enabled():
+    def _sum(self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]) -> torch.Tensor:
+        if (
+            any(
+                part.requires_grad
+                for one, adapter in here
+                for part in self.parts(one, adapter).values()
+            )
+            and torch.is_grad_enabled()
+        ):
             return self._trained_sum(base, here)
         if base.device.type != "cpu":
             return self._sum_on_device(base, here)
@@ -323,7 +331,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act, or none."""
         if enabled:
-            self.set_adapter(self.active_adapters)
+            self.set_adapter(self.active)
         else:
             for _, parameter in self._trained():
                 parameter.requires_grad_(False)
@@ -380,9 +388,7 @@ def _real(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _initial_value(
-    base: torch.Tensor, placement: Placement, zeros: torch.Tensor
-) -> torch.Tensor:
+def _initial_value(base: torch.Tensor, placement: Placement, zeros: torch.Tensor) -> torch.Tensor:
     """A task head begins as it is in the model."""
     window = placement.window
     whole = window.whole and math.prod(window.shape) == base.numel()

@@ -35,6 +35,7 @@ class Placement:
         entry: how it is stored in the adapter's file.
         stem: what the names of its tensors on the layer begin with.
         trainable: whether survivors are to be floats, in however few bits they are stored.
+        wide: whether all floats are to be float32: optimisers fail in 16 bits.
         seed: of the adapter.
     """
 
@@ -44,6 +45,7 @@ class Placement:
     entry: ParameterEntry
     stem: str
     trainable: bool
+    wide: bool
     seed: int
 
 
@@ -71,10 +73,12 @@ class StoredParameter:
     def held(self) -> ParameterEntry:
         """How the layer holds it: as in the file, but floats where it is to train."""
         entry = self.placement.entry
-        if not _packed(entry) or not self.placement.trainable:
-            return entry
-        units = None if entry.mask == "blocked" else entry.slots
-        return replace(entry, bits=32, dtype="F32", exponent=0, value_units=units)
+        if self.decodes:
+            units = None if entry.mask == "blocked" else entry.slots
+            return replace(entry, bits=32, dtype="F32", exponent=0, value_units=units)
+        if self.placement.wide and entry.dtype in ("F16", "BF16"):
+            return replace(entry, bits=32 if entry.kind == "sparse" else None, dtype="F32")
+        return entry
 
     @property
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -135,8 +139,10 @@ class StoredParameter:
         assert isinstance(delta, Delta)
         kept = self._product
         # Codes make a delta once; floats make one each time, of which the first is kept.
-        if kept is None or kept[1].device != device or (
-            _packed(self.held) and kept[0] is not delta
+        if (
+            kept is None
+            or kept[1].device != device
+            or (_packed(self.held) and kept[0] is not delta)
         ):
             kept = (delta, PackedDelta.from_delta(delta, device=device))
             self._product = kept

@@ -1,4 +1,4 @@
-"""One tensor of each adapter, under the adapter's name: as PEFT's ParameterDict, and buffers too."""
+"""One tensor of each adapter, under the adapter's name: a ParameterDict that takes buffers too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AdapterTensors(nn.ParameterDict):
         kept = dict(self._buffers)
         self._buffers.clear()
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(kept)
         for key, buffer in kept.items():

@@ -125,7 +125,9 @@ def add_weighted(
             f"no adapter {', '.join(map(repr, unknown))} is loaded; there is "
             f"{', '.join(map(repr, model.peft_config))}"
         )
-    merged = {name for m in model.modules() if isinstance(m, DareState) for name in m.merged_adapters}
+    merged = {
+        name for m in model.modules() if isinstance(m, DareState) for name in m.merged_adapters
+    }
     if merged:
         raise CombinationError(
             f"{', '.join(sorted(merged))} are merged into the base: call unmerge_adapter first"
@@ -138,9 +140,13 @@ def add_weighted(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "adapter"
-        save_source(combination, path, base=_base_reader(sources), bits=bits, description={
-            "combination": combination.describe()
-        })
+        save_source(
+            combination,
+            path,
+            base=_base_reader(sources),
+            bits=bits,
+            description={"combination": combination.describe()},
+        )
         config = DareConfig.from_pretrained(str(path))
         tensors = load_file(path / WEIGHTS_NAME)
     config.inference_mode = True
