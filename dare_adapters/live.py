@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,8 +126,16 @@ def locate(
         owners: default: the model's own. Adapter layers around modules change their names; who
             knows the names without them gives them here.
     """
-    owners = state_tensors(model) if owners is None else owners
+    around = {} if owners is not None else _names_in_adapter_layers(model)
+    if owners is None:
+        owners = {around.get(name, name): one for name, one in state_tensors(model).items()}
     table = {**_own_names(owners), **locate_all(model, owners)}
+    if around:  # found as though nothing were around them; they are where they are
+        inside = {own: live for live, own in around.items()}
+        table = {
+            name: replace(place, owner=inside.get(place.owner, place.owner))
+            for name, place in table.items()
+        }
     prefix = getattr(model, "base_model_prefix", "")
     return {
         name: next((table[v] for v in name_variants(name, prefix) if v in table), None)
@@ -139,6 +147,21 @@ def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model's state dict, themselves."""
     state = model.state_dict(keep_vars=True)
     return {name: one for name, one in state.items() if isinstance(one, torch.Tensor)}
+
+
+def _names_in_adapter_layers(model: nn.Module) -> dict[str, str]:
+    """Names of parameters in PEFT's layers -> those that they would have without."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules
+    ]
+    found: dict[str, str] = {}
+    for layer in layers:
+        for name, _ in model.get_submodule(f"{layer}.base_layer").state_dict().items():
+            live = f"{layer}.base_layer.{name}"
+            found[live] = live.replace(".base_layer.", ".")
+    return found
 
 
 def _own_names(owners: Owners) -> dict[str, LiveParameter]:

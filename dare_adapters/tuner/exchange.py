@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["exchange", "exchanged"]
+__all__ = ["exchange", "exchanged", "tensor_of"]
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """A module's parameter or buffer, or one of a list of parameters that it has."""
+    held, _, local = name.rpartition(".")
+    found = getattr(module.get_submodule(held), local)
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def exchange(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,11 +27,13 @@ def exchange(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     before: dict[str, Any] = {}
     for name, value in values.items():
-        store: dict[str, Any] = module.__dict__  # where FSDP has a parameter during a forward
-        if name not in store:
-            named: Any = module._parameters if name in module._parameters else module._buffers
+        held, _, local = name.rpartition(".")
+        holder = module.get_submodule(held)
+        store: dict[str, Any] = holder.__dict__  # where FSDP has a parameter during a forward
+        if local not in store:
+            named: Any = holder._parameters if local in holder._parameters else holder._buffers
             store = named
-        before[name], store[name] = store[name], value
+        before[name], store[local] = store[local], value
     return before
 
 

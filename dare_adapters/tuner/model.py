@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from dare_adapters.errors import UnsupportedParameterError
@@ -67,8 +66,6 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         _maybe_include_all_linear_layers(config, model)
         self._plan = plan_adapter(model, config)
         config.target_modules = _own_targets(config.target_modules, model)
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            self._inject_root(config, adapter_name, model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._tie()
         loading.remember_conversions(base_model(model))
@@ -93,6 +90,8 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if "" in self._plan.placements:
+            self._inject_root(peft_config, adapter_name)
         layer = _layer_of(target)
         if layer is None:
             if _is_called_alone(target):
@@ -112,15 +111,14 @@ class DareModel(BaseTuner):  # type: ignore[misc]
             layer.add_adapter(adapter_name, placements, init_weights=config.init_weights)
             layer.set_adapter(self.active_adapters, config.inference_mode)
 
-    def _inject_root(self, config: DareConfig, adapter_name: str, model: nn.Module) -> None:
+    def _inject_root(self, config: DareConfig, adapter_name: str) -> None:
         """The parameters that the model itself holds: PEFT does not visit it."""
-        if "" not in self._plan.paths:
-            return
-        layer = model._modules.get(BYSTANDER)
+        layer = self.model._modules.get(BYSTANDER)
         if not isinstance(layer, DareBystander):
-            layer = DareBystander(model, None)
-            model.add_module(BYSTANDER, layer)
+            layer = DareBystander(self.model, None)
+            self.model.add_module(BYSTANDER, layer)
         self._fill(layer, config, adapter_name, "")
+        del self._plan.placements[""]
 
     def _tie(self) -> None:
         for path, shared in self._plan.tied.items():

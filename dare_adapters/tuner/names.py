@@ -11,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from dare_adapters.tuner.exchange import tensor_of
+
 __all__ = ["Owner", "base_model", "own_tensors"]
 
 
@@ -19,7 +21,7 @@ class Owner:
     """A parameter or persistent buffer of the base.
 
     Attributes:
-        module: what holds it.
+        module: what holds it, itself or in a `nn.ParameterList`.
         local: its name there.
         path: where that module is now, or the outermost adapter layer around it.
         module_name: where the module would be without adapters.
@@ -33,9 +35,7 @@ class Owner:
     @property
     def tensor(self) -> torch.Tensor:
         """The tensor, as it is now."""
-        found = getattr(self.module, self.local)
-        assert isinstance(found, torch.Tensor)
-        return found
+        return tensor_of(self.module, self.local)
 
 
 # What PEFT and FSDP put around a whole model -> the name that the model has there.
@@ -79,11 +79,17 @@ def _walk(module: nn.Module, name: str, path: str) -> Iterator[tuple[str, Owner]
             return  # adapter state beside the module that it belongs to
         inner, inner_path = found, _join(inner_path, step)
     hidden = inner._non_persistent_buffers_set
+    for held, child in inner._modules.items():
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):  # which nobody calls
+            for local, parameter in child._parameters.items():
+                if parameter is not None:
+                    own = f"{held}.{local}"
+                    yield _join(name, own), Owner(inner, own, path, name)
     for local in (*inner._parameters, *(key for key in inner._buffers if key not in hidden)):
         if isinstance(getattr(inner, local), torch.Tensor):
             yield _join(name, local), Owner(inner, local, path, name)
     for local, child in inner._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, (nn.ParameterList, nn.ParameterDict)):
             yield from _walk(child, _join(name, local), _join(inner_path, local))
 
 

@@ -16,6 +16,7 @@ from dare_adapters.kernels import PackedDelta
 from dare_adapters.live import LiveParameter, is_patchable
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.effective import add_deltas, add_trained
+from dare_adapters.tuner.exchange import tensor_of
 from dare_adapters.tuner.stored import Placement, StoredParameter
 from dare_adapters.tuner.tensors import AdapterTensors
 
@@ -68,7 +69,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         stored = [StoredParameter(placement) for placement in placements]
         self.dare_stored[adapter] = stored
         for one in stored:
-            base = getattr(self.owner, one.placement.local)
+            base = tensor_of(self.owner, one.placement.local)
             for part, (dtype, shape) in one.parts.items():
                 tensor = torch.zeros(shape, dtype=dtype, device=_real(base.device))
                 if part == "value":
@@ -150,7 +151,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if local in self._tied:
             (layer,), there = self._tied[local]
             return layer.effective_of(there, adapters)
-        base = getattr(self.owner, local)
+        base = tensor_of(self.owner, local)
         here = [
             (one, adapter)
             for adapter in adapters
@@ -375,7 +376,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """To where the base's parameter is, in the dtype that they have."""
         for one, part, name in self.tensor_names(adapter_name):
             del part
-            base = getattr(self.owner, one.placement.local)
+            base = tensor_of(self.owner, one.placement.local)
             container = self._modules[name]
             assert isinstance(container, AdapterTensors)
             tensor = container[adapter_name]

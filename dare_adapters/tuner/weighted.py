@@ -18,6 +18,7 @@ from dare_adapters.errors import AdapterExistsError, AdapterNotFoundError, Combi
 from dare_adapters.source import WHOLE, BaseReader, DeltaSource
 from dare_adapters.store import save_source
 from dare_adapters.tuner.config import DareConfig
+from dare_adapters.tuner.exchange import tensor_of
 from dare_adapters.tuner.loading import live_state_dict
 from dare_adapters.tuner.state import DareState
 from dare_adapters.tuner.stored import StoredParameter
@@ -79,7 +80,7 @@ class LayersSource(DeltaSource):
         """The base's value of a parameter."""
         layer, one = self._found[name]
         window = one.placement.window
-        view = window.view_on(getattr(layer.owner, window.owner))
+        view = window.view_on(tensor_of(layer.owner, window.owner))
         return view.take(0, view.rows, None).cpu().view(window.shape)
 
     def _entry(self, name: str) -> ParameterEntry:

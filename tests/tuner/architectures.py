@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             num_layers=2,
             num_heads=4,
             decoder_start_token_id=0,
-        ),  # fmt: skip
+        ),
         lambda: {"input_ids": ids(), "decoder_input_ids": ids()},
     ),
     "vit": Architecture(

@@ -21,7 +21,7 @@ def loaded(pack: Pack) -> PeftModel:
     return model.eval()
 
 
-def alone(model: PeftModel, name: str, run) -> object:  # noqa: ANN001
+def alone(model: PeftModel, name: str, run) -> object:
     if name == "__base__":
         with model.disable_adapter():
             return run()
@@ -88,8 +88,9 @@ def test_layers_forget_the_rows_after_an_error(make_pack: PackMaker) -> None:
 
 
 def test_what_is_computed_once_for_all_rows_is_refused_by_name() -> None:
-    from dare_adapters import DareConfig
     from peft import get_peft_model
+
+    from dare_adapters import DareConfig
 
     class Scaled(torch.nn.Module):
         def __init__(self) -> None:
