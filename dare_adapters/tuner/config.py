@@ -255,5 +255,7 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return sorted(value) if isinstance(value, set) else value
+    """As JSON has it, which would write a list that is false as an empty one."""
+    if isinstance(value, set):
+        return sorted(value)
+    return list(value) if isinstance(value, list) else value
