@@ -15,7 +15,7 @@ from dare_adapters.config import (
     CONFIG_NAME,
     FLOATS,
     WEIGHTS_NAME,
-    DareConfig,
+    AdapterConfig,
     ParameterEntry,
     tensor_key,
 )
@@ -41,7 +41,7 @@ class Adapter(DeltaSource):
         config: its adapter_config.json.
     """
 
-    def __init__(self, path: Path, config: DareConfig, reader: Any) -> None:
+    def __init__(self, path: Path, config: AdapterConfig, reader: Any) -> None:
         self.path, self.config = path, config
         self._reader = reader
         self._mapped: dict[str, torch.Tensor] = {}
@@ -71,7 +71,7 @@ class Adapter(DeltaSource):
         path = Path(path)
         if not (path / CONFIG_NAME).is_file():
             raise AdapterNotFoundError(f"{path}: no {CONFIG_NAME}; this is not an adapter")
-        config = DareConfig.load(path)
+        config = AdapterConfig.load(path)
         weights = path / WEIGHTS_NAME
         if not weights.is_file():
             raise AdapterNotFoundError(f"{path}: {CONFIG_NAME} is there, {WEIGHTS_NAME} is not")
@@ -88,7 +88,7 @@ class Adapter(DeltaSource):
         return adapter
 
     @classmethod
-    def _open(cls, path: Path, config: DareConfig, verify: bool) -> Adapter:
+    def _open(cls, path: Path, config: AdapterConfig, verify: bool) -> Adapter:
         weights = path / WEIGHTS_NAME
         try:
             reader: Any = safe_open(weights, framework="pt")

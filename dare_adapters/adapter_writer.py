@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from dare_adapters.config import WEIGHTS_NAME, DareConfig, tensor_nbytes
+from dare_adapters.config import WEIGHTS_NAME, AdapterConfig, tensor_nbytes
 from dare_adapters.encode import EncodedParameter
 from dare_adapters.errors import CheckpointMismatchError
 from dare_adapters.prune import PruneRule
@@ -28,7 +28,7 @@ class AdapterWriter:
         config: what describes it.
     """
 
-    def __init__(self, directory: Path, config: DareConfig) -> None:
+    def __init__(self, directory: Path, config: AdapterConfig) -> None:
         self._config = config
         self._fidelity = _Fidelity()
         self._writer = TensorFileWriter(directory / WEIGHTS_NAME, {"format": "pt"})

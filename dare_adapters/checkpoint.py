@@ -281,12 +281,12 @@ def read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
         raise error(f"{path}: not readable as JSON ({failure})") from failure
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
-    if _nested_deeper(value, MAX_JSON_DEPTH):
+    if nested_deeper(value, MAX_JSON_DEPTH):
         raise error(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
     return value
 
 
-def _nested_deeper(value: Any, levels: int) -> bool:
+def nested_deeper(value: Any, levels: int) -> bool:
     """Whether JSON is nested deeper than that, which printing or hashing it might not survive."""
     level = [value]
     for _ in range(levels):

@@ -16,7 +16,7 @@ from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import MAX_BLOCK, MAX_DROP_RATE, matrix_shape
 from dare_adapters.scales import SCALE_DTYPES
 
-__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "DareConfig", "ParameterEntry"]
+__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "AdapterConfig", "ParameterEntry"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -156,7 +156,7 @@ class ParameterEntry:
 
 
 @dataclass
-class DareConfig:
+class AdapterConfig:
     """The contents of adapter_config.json; see README, "The adapter format"."""
 
     base_model_name_or_path: str | None = None
@@ -190,26 +190,38 @@ class DareConfig:
         raw["digest"] = _digest(raw)
         return dict(sorted(raw.items()))
 
-    def save(self, directory: Path) -> None:
-        """Write adapter_config.json."""
-        text = _one_line_an_entry(self.to_json())
+    def save(self, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write adapter_config.json, with fields of others in it that this format ignores."""
+        text = _one_line_an_entry(dict(sorted({**(extra or {}), **self.to_json()}.items())))
         (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> DareConfig:
+    def load(cls, directory: Path) -> AdapterConfig:
         """Read and check adapter_config.json.
 
         Raises:
             AdapterFormatError: it is not the config of a DARE adapter, or damaged, or too new.
         """
         path = directory / CONFIG_NAME
-        raw = read_json(path, AdapterFormatError)
+        return cls.from_json(read_json(path, AdapterFormatError), str(path))
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], path: str) -> AdapterConfig:
+        """Check what adapter_config.json holds.
+
+        Args:
+            raw: the whole object.
+            path: what messages call it.
+
+        Raises:
+            AdapterFormatError: as :meth:`load` says.
+        """
         if raw.get("peft_type") != "DARE":
             raise AdapterFormatError(
                 f"{path}: peft_type is {raw.get('peft_type')!r}; load_dare_adapter takes DARE "
                 "adapters only, other kinds load with model.load_adapter or PeftModel"
             )
-        check = _Check(str(path), raw)
+        check = _Check(path, raw)
         version = check.integer("format_version", 1, 1 << 31)
         if version > FORMAT_VERSION:
             raise AdapterFormatError(

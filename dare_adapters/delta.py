@@ -338,6 +338,11 @@ class SparseDelta(Delta):
             return slots.index.view(-1), slots.repeat_before(matrix).view(-1)
         return slots.compact(slots.index), slots.compact(matrix)
 
+    def survivors(self, start: int, stop: int) -> tuple[Slots, torch.Tensor]:
+        """The slots of rows start … stop - 1 and their values, float32 (n, K); 0 where unused."""
+        slots = self.support.slots(start, stop)
+        return slots, slots.clear_unused(self._read_values(start, stop, slots))
+
     def positions(self, start: int, stop: int) -> torch.Tensor:
         slots = self.support.slots(start, stop)
         return slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)

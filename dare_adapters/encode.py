@@ -12,7 +12,7 @@ import torch
 
 from dare_adapters import codec
 from dare_adapters.config import ParameterEntry, tensor_key
-from dare_adapters.delta import STEP_ENTRIES, Delta
+from dare_adapters.delta import STEP_ENTRIES, Delta, SparseDelta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import CheckpointError
 from dare_adapters.finite import first_non_finite
@@ -28,6 +28,7 @@ __all__ = [
     "encode_delta",
     "encode_dense",
     "encode_new",
+    "encode_seeded",
     "encode_sparse",
     "encode_whole",
 ]
@@ -293,6 +294,29 @@ def encode_delta(
     entry = ParameterEntry("sparse", delta.shape, drop_rate=max(share, 0.0), bits=bits)
     encoded = _assemble(name, entry, support, parts, preferred)
     delta.release()
+    return _with_rows(encoded, delta.added_rows)
+
+
+def encode_seeded(
+    name: str, delta: SparseDelta, bits: int, entry: ParameterEntry
+) -> EncodedParameter:
+    """A delta on a random support, its values rounded; the support stays with its seed.
+
+    Args:
+        name: of the parameter.
+        delta: on the support that the adapter's seed gives.
+        bits: of each survivor.
+        entry: of the delta as it is, from which the drop rate is taken.
+
+    Raises:
+        CheckpointError: values beyond what can be stored.
+    """
+    parts = []
+    for start, stop in delta.row_ranges():
+        slots, values = delta.survivors(start, stop)
+        parts.append(_encode_values(slots, values, delta.support, bits))
+    made = ParameterEntry("sparse", delta.shape, drop_rate=entry.drop_rate, bits=bits)
+    encoded = _assemble(name, made, delta.support, parts, torch.float32)
     return _with_rows(encoded, delta.added_rows)
 
 

@@ -19,7 +19,7 @@ from dare_adapters.adapter import Adapter
 from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.checkpoint import Checkpoint, open_checkpoint
 from dare_adapters.companions import copy_companions
-from dare_adapters.config import DareConfig
+from dare_adapters.config import AdapterConfig
 from dare_adapters.difference import Difference, Finetuned
 from dare_adapters.encode import EncodedParameter, encode_dense, encode_new, encode_sparse
 from dare_adapters.errors import (
@@ -181,10 +181,12 @@ def _report_large_delta(difference: Difference, action: str) -> None:
     warnings.warn(concern, DeltaTooLargeWarning, stacklevel=3)
 
 
-def _describe(base: Checkpoint, finetuned: Checkpoint, pairing: Pairing, plan: _Plan) -> DareConfig:
+def _describe(
+    base: Checkpoint, finetuned: Checkpoint, pairing: Pairing, plan: _Plan
+) -> AdapterConfig:
     architecture = finetuned.architectures[0] if finetuned.architectures else ""
     task = next((t for end, t in TASK_TYPES.items() if architecture.endswith(end)), None)
-    return DareConfig(
+    return AdapterConfig(
         base_architectures=base.architectures,
         task_type=task,
         method=plan.rule.method,
@@ -219,7 +221,7 @@ def _write_tensors(
     directory: Path,
     difference: Difference,
     plan: _Plan,
-    config: DareConfig,
+    config: AdapterConfig,
     workers: int | None,
     progress: bool,
     device: str | torch.device,

@@ -9,9 +9,10 @@ the live storage, whatever the conversion was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +21,16 @@ from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.mask import matrix_shape
 from dare_adapters.matrix import MatrixView
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 __all__ = [
+    "BEFORE_ADAPTERS",
     "LiveParameter",
+    "Owners",
     "check_patchable",
     "is_patchable",
     "locate",
     "locate_all",
     "name_variants",
+    "state_tensors",
 ]
 
 # Names that transformers has replaced, still in the checkpoints of the first BERT models.
@@ -73,7 +74,10 @@ class LiveParameter:
 
     def view(self, model: nn.Module, shape: tuple[int, ...] | None = None) -> MatrixView:
         """The window as a matrix; `shape` (default: its own) may have fewer leading rows."""
-        owner = self.tensor(model)
+        return self.view_on(self.tensor(model), shape)
+
+    def view_on(self, owner: torch.Tensor, shape: tuple[int, ...] | None = None) -> MatrixView:
+        """:meth:`view` on a tensor that stands for the owner, of its shape."""
         rows, columns = matrix_shape(shape or self.shape)
         if not owner.is_contiguous():
             return self._view_strided(owner, shape or self.shape)
@@ -82,6 +86,17 @@ class LiveParameter:
             return MatrixView(storage, rows, columns, 0, 0, 0, self.positions.to(storage.device))
         row_stride, column_stride = _fold(self.owner, shape or self.shape, strides)
         return MatrixView(storage, rows, columns, offset, row_stride, column_stride)
+
+    def places(self, index: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Where entries of the window are in its owner: flat positions of both, both contiguous."""
+        if self.positions is not None:
+            return self.positions.to(index.device)[index]
+        if self.whole:
+            return index
+        _, columns = matrix_shape(shape or self.shape)
+        row_stride, column_stride = _fold(self.owner, shape or self.shape, self.strides)
+        row = index // columns
+        return self.offset + row * row_stride + (index - row * columns) * column_stride
 
     def _view_strided(self, owner: torch.Tensor, shape: tuple[int, ...]) -> MatrixView:
         """The window on an owner in another memory format, such as channels_last."""
@@ -96,9 +111,31 @@ class LiveParameter:
         return MatrixView(storage, rows, columns, 0, 0, 0, places.reshape(-1))
 
 
-def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LiveParameter | None]:
-    """The live parameter of each checkpoint name, None where the model has none."""
-    table = {**_own_names(model), **locate_all(model)}
+Owners = Mapping[str, torch.Tensor]
+"""Live parameters and buffers by the names that the model gives them."""
+
+
+def locate(
+    model: nn.Module, names: Iterable[str], owners: Owners | None = None
+) -> dict[str, LiveParameter | None]:
+    """The live parameter of each checkpoint name, None where the model has none.
+
+    Args:
+        model: whose class knows the checkpoint's names; a model of no known library has its own.
+        names: to find.
+        owners: default: the model's own. Adapter layers around modules change their names; who
+            knows the names without them gives them here.
+    """
+    around = {} if owners is not None else _names_in_adapter_layers(model)
+    if owners is None:
+        owners = {around.get(name, name): one for name, one in state_tensors(model).items()}
+    table = {**_own_names(owners), **locate_all(model, owners)}
+    if around:  # found as though nothing were around them; they are where they are
+        inside = {own: live for live, own in around.items()}
+        table = {
+            name: replace(place, owner=inside.get(place.owner, place.owner))
+            for name, place in table.items()
+        }
     prefix = getattr(model, "base_model_prefix", "")
     return {
         name: next((table[v] for v in name_variants(name, prefix) if v in table), None)
@@ -106,13 +143,33 @@ def locate(model: PreTrainedModel, names: Iterable[str]) -> dict[str, LiveParame
     }
 
 
-def _own_names(model: PreTrainedModel) -> dict[str, LiveParameter]:
+def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state dict, themselves."""
+    state = model.state_dict(keep_vars=True)
+    return {name: one for name, one in state.items() if isinstance(one, torch.Tensor)}
+
+
+def _names_in_adapter_layers(model: nn.Module) -> dict[str, str]:
+    """Names of parameters in PEFT's layers -> those that they would have without."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules
+    ]
+    found: dict[str, str] = {}
+    for layer in layers:
+        for name, _ in model.get_submodule(f"{layer}.base_layer").state_dict().items():
+            live = f"{layer}.base_layer.{name}"
+            found[live] = live.replace(".base_layer.", ".")
+    return found
+
+
+def _own_names(owners: Owners) -> dict[str, LiveParameter]:
     """Every parameter under its live name, which adapters that were trained live (LoRA) use."""
     found = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            strides = torch.empty(tensor.shape, device="meta").stride()
-            found[name] = LiveParameter(name, tuple(tensor.shape), 0, tuple(strides))
+    for name, tensor in owners.items():
+        strides = torch.empty(tensor.shape, device="meta").stride()
+        found[name] = LiveParameter(name, tuple(tensor.shape), 0, tuple(strides))
     return found
 
 
@@ -129,13 +186,9 @@ def name_variants(name: str, prefix: str) -> list[str]:
     return found
 
 
-def locate_all(model: PreTrainedModel) -> dict[str, LiveParameter]:
+def locate_all(model: nn.Module, owners: Owners | None = None) -> dict[str, LiveParameter]:
     """Every parameter and persistent buffer of a live model under its checkpoint name."""
-    owners = {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    owners = state_tensors(model) if owners is None else owners
     # Stand-ins have the owners' shapes, cost no memory, and storages that tell owners apart.
     stand_ins = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Window)
@@ -176,19 +229,49 @@ def _storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _undo_conversion(
-    model: PreTrainedModel, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _undo_conversion(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `save_pretrained` would make of these tensors: checkpoint name -> tensor."""
+    from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.no_grad():
+    if not isinstance(model, PreTrainedModel):
+        return tensors
+    with torch.no_grad(), _conversions_of_loading(model):
         undone: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     return undone
 
 
+# Where a model keeps how its checkpoint was converted, and where it was before an adapter's was.
+_CONVERSIONS, BEFORE_ADAPTERS = "_weight_conversions", "_dare_weight_conversions"
+
+
+@contextmanager
+def _conversions_of_loading(model: nn.Module) -> Iterator[None]:
+    """How the base was loaded, although `load_adapter` has overwritten it with how an adapter was.
+
+    Where that was not kept it is what transformers does for models of this class.
+    """
+    found = model.__dict__.get(_CONVERSIONS)
+    ours = BEFORE_ADAPTERS in model.__dict__
+    theirs = any("base_model.model." in str(one) for one in found or ())
+    if not ours and not theirs:
+        yield
+        return
+    before = model.__dict__.get(BEFORE_ADAPTERS)
+    if before is None:
+        model.__dict__.pop(_CONVERSIONS, None)
+    else:
+        model.__dict__[_CONVERSIONS] = before
+    try:
+        yield
+    finally:
+        model.__dict__[_CONVERSIONS] = found
+        if found is None:
+            del model.__dict__[_CONVERSIONS]
+
+
 def _locate_by_position(
-    model: PreTrainedModel, owners: dict[str, torch.Tensor]
+    model: nn.Module, owners: dict[str, torch.Tensor]
 ) -> dict[str, LiveParameter]:
     """The same for conversions that no strides describe, by carrying positions through them."""
     names = list(owners)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dare_adapters.config import WEIGHTS_NAME, DareConfig
+from dare_adapters.config import WEIGHTS_NAME, AdapterConfig
 
 __all__ = ["write_model_card"]
 
@@ -18,7 +18,7 @@ _LOADERS = {
 }
 
 
-def write_model_card(directory: Path, config: DareConfig, base_nbytes: int) -> None:
+def write_model_card(directory: Path, config: AdapterConfig, base_nbytes: int) -> None:
     """Write the card.
 
     Args:

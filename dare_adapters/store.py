@@ -14,7 +14,7 @@ from dare_adapters.adapter import Adapter
 from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.combine.combination import Combination
 from dare_adapters.companions import copy_present_companions
-from dare_adapters.config import DareConfig
+from dare_adapters.config import AdapterConfig
 from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
 from dare_adapters.encode import encode_delta, encode_new, encode_whole
 from dare_adapters.errors import CombinationError
@@ -121,11 +121,11 @@ def _describe(
     adapters: list[Adapter],
     bits: int | None,
     description: dict[str, Any] | None,
-) -> DareConfig:
-    first = adapters[0].config if adapters else DareConfig()
+) -> AdapterConfig:
+    first = adapters[0].config if adapters else AdapterConfig()
     own = [source.stored_bits(name) for name in source if not source.is_new(name)]
     pruned = [one for one in own if one != WHOLE] or [32 if own else 16]
-    return DareConfig(
+    return AdapterConfig(
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         base_architectures=list(source.base_architectures),
@@ -144,7 +144,7 @@ def _describe(
     )
 
 
-def _drop_rate(config: DareConfig) -> float:
+def _drop_rate(config: AdapterConfig) -> float:
     """The share of all pruned entries that is not stored."""
     entries = [e for e in config.parameters.values() if e.kind == "sparse"]
     total = sum(math.prod(e.shape) for e in entries)

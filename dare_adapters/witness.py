@@ -14,7 +14,14 @@ from dare_adapters.checkpoint import ParameterInfo
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import parameter_key, philox_words
 
-__all__ = ["content_seed", "decode_witness", "encode_witness", "matches", "sample_positions"]
+__all__ = [
+    "content_seed",
+    "decode_witness",
+    "encode_sampled",
+    "encode_witness",
+    "matches",
+    "sample_positions",
+]
 
 WITNESS_VALUES = 8
 _SEED_VALUES = 64
@@ -36,9 +43,17 @@ def sample_positions(name: str, numel: int, count: int = WITNESS_VALUES) -> torc
 
 def encode_witness(name: str, base: torch.Tensor) -> str:
     """The base's values at the witness positions: dtype, size of the parameter, base64 of bytes."""
-    values = base.reshape(-1)[sample_positions(name, base.numel())]
+    return encode_sampled(base.numel(), base.reshape(-1)[sample_positions(name, base.numel())])
+
+
+def encode_sampled(numel: int, values: torch.Tensor) -> str:
+    """The witness of a parameter of `numel` entries, from its values at :func:`sample_positions`.
+
+    Args:
+        values: CPU, (8,), float of 16 to 64 bits.
+    """
     raw = values.contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{_DTYPES[base.dtype]}:{base.numel()}:{base64.b64encode(raw).decode()}"
+    return f"{_DTYPES[values.dtype]}:{numel}:{base64.b64encode(raw).decode()}"
 
 
 def decode_witness(name: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,240 @@
+"""A model's layers to the tensors and the config of an adapter's file.
+
+PEFT takes the tensors first, writes them, and saves the config; transformers saves the config
+before it writes them. So a config remembers what was taken by whom it describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from dare_adapters.config import KEY_PREFIX, WEIGHTS_NAME, AdapterConfig, ParameterEntry, tensor_key
+from dare_adapters.delta import SparseDelta
+from dare_adapters.encode import encode_seeded
+from dare_adapters.live import is_patchable, locate_all
+from dare_adapters.tensor_file import DTYPE_NAMES, file_sha256
+from dare_adapters.tuner.loading import HeldTensor, held_tensors
+from dare_adapters.tuner.names import base_model, own_tensors
+from dare_adapters.tuner.state import DareState
+from dare_adapters.tuner.stored import StoredParameter
+from dare_adapters.versions import library_versions
+from dare_adapters.witness import encode_sampled, sample_positions
+
+if TYPE_CHECKING:
+    from dare_adapters.tuner.config import DareConfig
+
+__all__ = ["Taken", "adapter_state_dict", "take_description"]
+
+
+@dataclass
+class Taken:
+    """Tensors that are about to be written, and the config that describes them.
+
+    Attributes:
+        description: complete but for the digest of the file.
+        tensors: key in the file -> tensor.
+        time_ns: when they were taken.
+    """
+
+    description: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    time_ns: int
+
+
+def adapter_state_dict(
+    model: nn.Module, config: DareConfig, adapter: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as its file has them.
+
+    Args:
+        model: with the adapter; keys have PEFT's prefix where it is a `PeftModel`.
+        config: of the adapter; it remembers what was taken, for `save_pretrained`.
+        adapter: its name.
+        state_dict: of the model.
+    """
+    held = [tensor for tensor in held_tensors(model, adapter) if tensor.live_key in state_dict]
+    groups: dict[int, list[HeldTensor]] = {}
+    for tensor in held:
+        groups.setdefault(id(tensor.stored), []).append(tensor)
+    entries: dict[str, ParameterEntry] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for group in groups.values():
+        stored = group[0].stored
+        parts = {tensor.part: state_dict[tensor.live_key] for tensor in group}
+        name = stored.placement.name
+        entries[name], made = _stored(stored, parts, config.bits)
+        tensors.update({tensor_key(name, part): one for part, one in made.items()})
+    kept: dict[str, torch.Tensor] = config.unplaced
+    for name, entry in config.entries.items():
+        keys = entry.tensors(name)
+        if name not in entries and all(key in kept for key in keys):
+            entries[name] = entry
+            tensors.update({key: kept[key] for key in keys})
+    description = _describe(model, config, entries)
+    config._taken = Taken(description, tensors, time.time_ns())
+    if held and not held[0].live_key.startswith(KEY_PREFIX):
+        return {key.removeprefix(KEY_PREFIX): one for key, one in tensors.items()}
+    return dict(tensors)
+
+
+def take_description(config: DareConfig, directory: Path) -> AdapterConfig | None:
+    """What is to be written into adapter_config.json; None: the config is only a recipe.
+
+    Args:
+        config: of the adapter.
+        directory: where the tensors file is, if it was written already.
+    """
+    taken: Taken | None = getattr(config, "_taken", None)
+    if taken is None:
+        return config.described
+    file = directory / WEIGHTS_NAME
+    if file.is_file() and file.stat().st_mtime_ns >= taken.time_ns:
+        digest = file_sha256(file)
+    else:  # it is written later, by the same library
+        whole = {key: one.detach().cpu().contiguous() for key, one in taken.tensors.items()}
+        digest = hashlib.sha256(safetensors_bytes(whole, {"format": "pt"})).hexdigest()
+    read = config.described
+    if (
+        read is not None
+        and digest == read.sha256
+        and taken.description.parameters == (read.parameters)
+    ):
+        return read
+    taken.description.sha256 = digest
+    return taken.description
+
+
+def _stored(
+    stored: StoredParameter, parts: dict[str, torch.Tensor], bits: int | None
+) -> tuple[ParameterEntry, dict[str, torch.Tensor]]:
+    """A parameter's entry and tensors as they are to be written."""
+    placement, entry = stored.placement, stored.held
+    whole = {part: _whole(one) for part, one in parts.items()}
+    if entry.kind == "sparse" and bits is not None and bits < 16 and placement.trainable:
+        delta = stored.delta({part: one.cpu() for part, one in whole.items()})
+        assert isinstance(delta, SparseDelta)
+        encoded = encode_seeded(placement.name, delta, bits, entry)
+        prefix = tensor_key(placement.name, "")
+        tensors = {key.removeprefix(prefix): one for key, one in encoded.tensors.items()}
+        return encoded.entry, tensors
+    as_read = _as_read(placement.entry, entry, whole)
+    if as_read is not None:
+        return placement.entry, as_read
+    if entry.kind != "sparse":
+        part = "delta" if entry.kind == "dense" else "value"
+        made = replace(entry, dtype=DTYPE_NAMES[whole[part].dtype])
+        return _with_rows(made, whole), whole
+    values = whole["values"]
+    if values.dtype == torch.float64:
+        values = whole["values"] = values.to(torch.float32)
+    made = replace(entry, bits=8 * values.element_size(), dtype=DTYPE_NAMES[values.dtype])
+    return _with_rows(made, whole), whole
+
+
+def _as_read(
+    read: ParameterEntry, held: ParameterEntry, parts: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The tensors in the dtypes that the file had, where nothing is lost by it."""
+    if read != held:
+        return None
+    found = {}
+    for key, (dtype, _) in read.tensors("x").items():
+        part = key.rpartition("_")[2]
+        tensor = parts[part]
+        wanted = _DTYPES[dtype]
+        if tensor.dtype != wanted:
+            made = tensor.to(wanted)
+            if not torch.equal(made.to(tensor.dtype), tensor):
+                return None
+            tensor = made
+        found[part] = tensor
+    return found
+
+
+def _with_rows(entry: ParameterEntry, parts: dict[str, torch.Tensor]) -> ParameterEntry:
+    if "rows" in parts:
+        return replace(entry, added_dtype=DTYPE_NAMES[parts["rows"].dtype])
+    return entry
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered."""
+    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    assert isinstance(gathered, torch.Tensor)
+    return gathered.detach()
+
+
+def _describe(
+    model: nn.Module, config: DareConfig, entries: dict[str, ParameterEntry]
+) -> AdapterConfig:
+    read = config.described
+    pruned = [e.bits for e in entries.values() if e.kind == "sparse" and e.bits is not None]
+    if read is not None:
+        order = [*(name for name in read.parameters if name in entries)]
+        order += [name for name in entries if name not in read.parameters]
+        entries = {name: entries[name] for name in order}
+        bits = max(pruned, default=read.bits)
+        return replace(read, parameters=entries, bits=bits, method=_method(read, entries))
+    base = base_model(model)
+    architectures = getattr(getattr(base, "config", None), "architectures", None)
+    count = sum(owner.tensor.numel() for owner in own_tensors(base).values())
+    return AdapterConfig(
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        base_architectures=list(architectures or [type(base).__name__]),
+        task_type=None
+        if config.task_type is None
+        else str(getattr(config.task_type, "value", config.task_type)),
+        method="trained",
+        mask="blocked" if config.rule.block is not None else "bernoulli",
+        drop_rate=config.drop_rate,
+        bits=max(pruned, default=config.bits or 32),
+        seed=config.seed or 0,
+        rescale=False,
+        parameters=entries,
+        witness=_witness(base),
+        base_parameter_count=count,
+        library_versions=library_versions(),
+    )
+
+
+def _method(read: AdapterConfig, entries: dict[str, ParameterEntry]) -> str:
+    return read.method if read.parameters == entries else "trained"
+
+
+@torch.no_grad()
+def _witness(model: nn.Module) -> dict[str, str]:
+    """Sampled values of the base's parameters; of none that has adapters merged into it."""
+    owners = own_tensors(model)
+    tensors = {name: owner.tensor for name, owner in owners.items()}
+    merged = {
+        id(layer.owner)
+        for layer in model.modules()
+        if isinstance(layer, DareState) and layer.merged_adapters
+    }
+    found: dict[str, str] = {}
+    seen: set[int] = set()
+    for name, place in sorted(locate_all(model, tensors).items()):
+        owner = owners[place.owner]
+        tensor = owner.tensor
+        if not is_patchable(tensor) or id(owner.module) in merged or not tensor.numel():
+            continue
+        if id(tensor) in seen and place.whole:
+            continue
+        seen.add(id(tensor))
+        view = place.view_on(tensor)
+        numel = view.rows * view.columns
+        index = view.on_device(sample_positions(name, numel))
+        found[name] = encode_sampled(numel, view.take(0, view.rows, index).cpu())
+    return found
+
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

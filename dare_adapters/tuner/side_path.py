@@ -1,0 +1,237 @@
+"""A layer's output with the base's weight, and deltas added from their packed form.
+
+y = layer(x) + x Δᵀ for layers that multiply, y = layer(i) + Δ[i] for those that look up, where each
+input may have a delta of its own. No delta becomes dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from dare_adapters.kernels import PackedDelta, sparse_delta_linear
+from dare_adapters.mask import matrix_shape
+from dare_adapters.tuner.layer import DareLayer
+from dare_adapters.tuner.stored import StoredParameter
+
+__all__ = ["can_add", "forward_with_deltas"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def can_add(layer: DareLayer, adapters: Sequence[str]) -> bool:
+    """Whether what these adapters change can be added to the layer's output."""
+    kind = _kind(layer.owner)
+    if kind is None or any(local in layer.tied for local in layer.changed_by(adapters)):
+        return kind is not None and _tied_whole(layer, adapters)
+    return all(
+        _fits(layer.owner, kind, one)
+        for name in adapters
+        for one in layer.dare_stored.get(name, ())
+    )
+
+
+def forward_with_deltas(
+    layer: DareLayer,
+    adapters: Sequence[str],
+    slots: torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """The layer's output, each input with the delta of its slot.
+
+    Args:
+        layer: one that :func:`can_add`.
+        adapters: the adapter of each slot.
+        slots: int64, of each entry of the input's first dimension; -1 for none.
+        args, kwargs: of the forward.
+    """
+    x = args[0] if args else next(iter(kwargs.values()))
+    made: torch.Tensor = layer.base_layer(*args, **kwargs)
+    owner, kind = layer.owner, _kind(layer.owner)
+    if torch.is_grad_enabled() and made.requires_grad:
+        made = made.clone()
+    if kind == "convolution":
+        return _add_convolution(layer, owner, adapters, slots, x, made)
+    tokens = math.prod(x.shape if kind == "embedding" else x.shape[:-1])
+    token_slot = slots.repeat_interleave(tokens // max(len(slots), 1)).to(made.device)
+    flat = made.reshape(tokens, made.shape[-1])
+    for window, deltas in _weights(layer, adapters, made.device).items():
+        start, rows = window
+        if kind == "embedding":
+            _add_rows(flat, x.reshape(-1), deltas, token_slot)
+        elif kind == "transposed":
+            sparse_delta_linear(_matrix(x), deltas, token_slot, flat, transposed=True)
+        else:
+            sparse_delta_linear(_matrix(x), deltas, token_slot, flat[:, start : start + rows])
+    _add_biases(flat, layer, adapters, token_slot)
+    return flat.view(made.shape)
+
+
+def _kind(owner: nn.Module) -> str | None:
+    """How a layer uses its weight, where it does nothing else with it."""
+    forward = type(owner).forward
+    if forward is nn.Linear.forward:
+        return "linear"
+    if forward is Conv1D.forward:
+        return "transposed"
+    if forward is nn.Embedding.forward:
+        return None if getattr(owner, "max_norm", None) is not None else "embedding"
+    if any(forward is one.forward for one in _CONVOLUTIONS):
+        return "convolution"
+    return None
+
+
+def _fits(owner: nn.Module, kind: str, one: StoredParameter) -> bool:
+    entry, window, local = one.held, one.placement.window, one.placement.local
+    if entry.kind == "new" or entry.added_rows:
+        return False
+    if local == "bias":
+        return window.whole and entry.shape == window.shape
+    if local != "weight":
+        return False
+    if kind == "linear":  # all columns of some rows: fused projections have a part for each
+        width = getattr(owner, local).shape[-1]
+        contiguous = window.positions is None and window.strides == (width, 1)
+        return contiguous and len(entry.shape) == 2 and window.offset % width == 0
+    if not window.whole or entry.shape != window.shape:
+        return kind == "embedding" and window.whole
+    return kind != "convolution" or matrix_shape(entry.shape)[0] == entry.shape[0]
+
+
+def _tied_whole(layer: DareLayer, adapters: Sequence[str]) -> bool:
+    """Whether the deltas of a tied weight are whole ones of a layer that can add them."""
+    for local in layer.changed_by(adapters):
+        if local not in layer.tied:
+            return False
+        other, there = layer.tied[local]
+        kind = _kind(layer.owner)
+        for name in adapters:
+            for one in other.dare_stored.get(name, ()):
+                if one.placement.local == there and not (
+                    kind in ("linear", "embedding")
+                    and one.placement.window.whole
+                    and one.held.kind != "new"
+                    and not one.held.added_rows
+                ):
+                    return False
+    return True
+
+
+def _weights(
+    layer: DareLayer, adapters: Sequence[str], device: torch.device
+) -> dict[tuple[int, int], list[PackedDelta | None]]:
+    """(first row, rows) of the weight -> the delta of each slot there."""
+    holder, local = layer.holder("weight")
+    found: dict[tuple[int, int], list[PackedDelta | None]] = {}
+    for slot, name in enumerate(adapters):
+        for one in holder.dare_stored.get(name, ()):
+            if one.placement.local != local:
+                continue
+            window, shape = one.placement.window, one.held.shape
+            width = window.strides[0] if len(window.strides) == 2 else 1
+            where = (window.offset // max(width, 1), shape[0])
+            packed = holder.product(one, name, device)
+            found.setdefault(where, [None] * len(adapters))[slot] = packed
+    return found
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _add_rows(
+    flat: torch.Tensor,
+    index: torch.Tensor,
+    deltas: Sequence[PackedDelta | None],
+    token_slot: torch.Tensor,
+) -> None:
+    for slot, delta in enumerate(deltas):
+        if delta is None:
+            continue
+        here = ((token_slot == slot) & (index < delta.rows)).nonzero().squeeze(1)
+        if len(here):
+            change = delta.rows_at(index[here])
+            flat[here] = (flat[here].to(torch.float32) + change).to(flat.dtype)
+
+
+def _add_biases(
+    flat: torch.Tensor, layer: DareLayer, adapters: Sequence[str], token_slot: torch.Tensor
+) -> None:
+    table = _bias_table(layer, adapters, flat.device)
+    if table is not None:
+        flat.copy_((flat.to(torch.float32) + table[token_slot]).to(flat.dtype))
+
+
+def _bias_table(
+    layer: DareLayer, adapters: Sequence[str], device: torch.device
+) -> torch.Tensor | None:
+    """float32 (slots + 1, N); the last row, which -1 finds, is zero."""
+    found: dict[int, torch.Tensor] = {}
+    for slot, name in enumerate(adapters):
+        for one in layer.dare_stored.get(name, ()):
+            if one.placement.local == "bias":
+                change = layer.parts(one, name)["delta"]
+                found[slot] = change.detach().to(device, torch.float32)
+    if not found:
+        return None
+    width = len(next(iter(found.values())))
+    table = torch.zeros(len(adapters) + 1, width, device=device)
+    for slot, change in found.items():
+        table[slot] = change
+    return table
+
+
+def _add_convolution(
+    layer: DareLayer,
+    owner: Any,
+    adapters: Sequence[str],
+    slots: torch.Tensor,
+    x: torch.Tensor,
+    made: torch.Tensor,
+) -> torch.Tensor:
+    """x is unfolded: a position of the output is a token, of the entries that it sees."""
+    spatial = made.shape[2:]
+    positions = math.prod(spatial)
+    token_slot = slots.repeat_interleave(positions).to(made.device)
+    flat = made.movedim(1, -1).reshape(-1, made.shape[1])
+    deltas = next(iter(_weights(layer, adapters, made.device).values()), None)
+    if deltas is not None:
+        seen = _unfolded(owner, x)  # (B, C, positions, entries)
+        inputs, outputs = owner.in_channels // owner.groups, owner.out_channels // owner.groups
+        for group in range(owner.groups):
+            own = seen[:, group * inputs : (group + 1) * inputs]
+            tokens = own.permute(0, 2, 1, 3).reshape(len(token_slot), -1)
+            first, last = group * outputs, (group + 1) * outputs
+            sliced = [None if one is None else one.slice_rows(first, last) for one in deltas]
+            sparse_delta_linear(tokens, sliced, token_slot, flat[:, first:last])
+    _add_biases(flat, layer, adapters, token_slot)
+    return flat.view(len(made), *spatial, -1).movedim(-1, 1).contiguous()
+
+
+def _unfolded(owner: Any, x: torch.Tensor) -> torch.Tensor:
+    """What each output position of a convolution sees, (B, C, positions, entries)."""
+    mode = "constant" if owner.padding_mode == "zeros" else owner.padding_mode
+    padded = functional.pad(x, owner._reversed_padding_repeated_twice, mode=mode)
+    count = len(owner.kernel_size)
+    for axis in range(count):
+        size, stride = owner.kernel_size[axis], owner.stride[axis]
+        dilation, length = owner.dilation[axis], padded.shape[2 + 2 * axis]
+        outputs = (length - dilation * (size - 1) - 1) // stride + 1
+        index = torch.arange(outputs)[:, None] * stride + torch.arange(size) * dilation
+        picked = padded.index_select(2 + 2 * axis, index.reshape(-1).to(x.device))
+        padded = torch.unflatten(picked, 2 + 2 * axis, (outputs, size))
+    order = [
+        0,
+        1,
+        *(2 + 2 * axis for axis in range(count)),
+        *(3 + 2 * axis for axis in range(count)),
+    ]
+    found = padded.permute(order)
+    return found.flatten(2 + count).flatten(2, 1 + count)
