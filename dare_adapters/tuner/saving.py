@@ -122,8 +122,9 @@ def save_again(model: nn.Module, directory: str | Path) -> None:
         return
     for name in active():
         config = configs.get(name)
-        read = isinstance(config, DareConfig) and config.described is not None
-        if read and (Path(directory) / WEIGHTS_NAME).is_file():
+        if not isinstance(config, DareConfig) or config.described is None:
+            continue
+        if (Path(directory) / WEIGHTS_NAME).is_file():
             config.save_pretrained(directory)
 
 
