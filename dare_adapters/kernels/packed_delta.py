@@ -16,7 +16,7 @@ from dare_adapters.errors import AdapterFormatError
 from dare_adapters.kernels.blocked import pack_blocked
 from dare_adapters.kernels.compressed_rows import pack_read, pack_sparse
 from dare_adapters.kernels.dense_rows import pack_dense
-from dare_adapters.kernels.layout import Layout, Tensors
+from dare_adapters.kernels.layout import Entries, Layout, Tensors
 from dare_adapters.mask import BlockedSupport
 
 __all__ = ["PackedDelta"]
@@ -126,6 +126,10 @@ class PackedDelta:
             stop = min(start + step, self.rows)
             whole[start:stop] = self.matrix(start, stop)
         return whole.view(self.shape)
+
+    def entries(self, start: int, stop: int) -> Entries:
+        """The entries of rows start … stop - 1, W slots for each."""
+        return self.layout.entries(self._tensors, slice(start, stop))
 
     def matrix(self, start: int, stop: int) -> torch.Tensor:
         """Rows start … stop - 1 made dense, float32 (n, C)."""

@@ -11,6 +11,9 @@ from dare_adapters.kernels.packed_delta import TILE_ENTRIES, PackedDelta
 
 __all__ = ["add_product", "product"]
 
+# Entries that are decoded at once.
+GATHERED_ENTRIES = 1 << 18
+
 
 @register_backend("torch", rank=0)
 def add_product(
@@ -47,13 +50,35 @@ def add_product(
 def product(x: torch.Tensor, delta: PackedDelta, transposed: bool) -> torch.Tensor:
     """x Δᵀ, or x Δ where transposed, float32 (m, N), without ever making Δ dense."""
     x = x.to(torch.float32)
+    layout = delta.layout
+    # On a processor a gather of what survives beats a tile made dense from two thirds dropped on:
+    # 3 to 4 times at p = 0.9 and 1 to 256 tokens, 2048 x 2048; 0.7 times at p = 0.5.
+    if not transposed and x.device.type == "cpu" and 3 * layout.width < layout.columns:
+        return _gathered(x, delta)
     step = max(1, TILE_ENTRIES // max(delta.columns, 1))
-    ranges = [(start, min(start + step, delta.rows)) for start in range(0, delta.rows, step)]
     made = x.new_zeros(len(x), delta.columns if transposed else delta.rows)
-    for start, stop in ranges:
+    for start in range(0, delta.rows, step):
+        stop = min(start + step, delta.rows)
         tile = delta.matrix(start, stop)
         if transposed:
             made.addmm_(x[:, start:stop], tile)
         else:
             torch.mm(x, tile.T, out=made[:, start:stop])
+    return made
+
+
+def _gathered(x: torch.Tensor, delta: PackedDelta) -> torch.Tensor:
+    """x Δᵀ from the survivors alone: each row is a weighted bag of columns of x."""
+    columns_of_x = x.T.contiguous()
+    made = x.new_zeros(len(x), delta.rows)
+    step = max(1, GATHERED_ENTRIES // max(delta.layout.width, 1))
+    for start in range(0, delta.rows, step):
+        stop = min(start + step, delta.rows)
+        column, value, used = delta.entries(start, stop)
+        value = value.contiguous() if used is None else value.masked_fill(~used, 0)
+        if column.shape[1]:
+            sums = torch.nn.functional.embedding_bag(
+                column, columns_of_x, per_sample_weights=value, mode="sum"
+            )
+            made[:, start:stop] = sums.T
     return made

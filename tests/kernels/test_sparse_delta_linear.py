@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,9 +16,10 @@ from hypothesis import strategies as st
 
 from dare_adapters.delta import Delta
 from dare_adapters.kernels import PackedDelta, backend_names, sparse_delta_linear
+from dare_adapters.kernels.compiled_product import available
 from tests.kernels.deltas import DTYPES, bernoulli, blocked, deltas
 
-BACKENDS = backend_names()
+BACKENDS = [name for name in backend_names() if name != "compiled" or available()]
 # Of the largest sum of magnitudes; one rounding to the dtype, and float32's own.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6, torch.float16: 2**-11 + 2e-6}
 quickly = settings(max_examples=60, deadline=None)
@@ -129,6 +134,60 @@ def test_a_matrix_of_many_tiles_gives_the_dense_product(backend: str):
     torch.testing.assert_close(found, x @ packed.dense(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("make", [blocked, bernoulli])
+def test_sums_do_not_depend_on_the_number_of_threads(transposed: bool, make):
+    packed = PackedDelta.from_delta(make(1030, 1020, 10 if make is blocked else 0.9, 4))
+    inputs, outputs = (1030, 1020) if transposed else (1020, 1030)
+    x, slot = torch.randn(41, inputs), torch.arange(41) % 2 - 1
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            y = torch.zeros(41, outputs)
+            found.append(sparse_delta_linear(x, [packed], slot, y, transposed=transposed))
+    finally:
+        torch.set_num_threads(before)
+    dense = packed.dense() if transposed else packed.dense().T
+    expected = torch.where(slot[:, None] == 0, x @ dense, 0)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    if available():
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.skipif(not available(), reason="the loops were not compiled")
+def test_several_threads_may_multiply_at_once():
+    packed = PackedDelta.from_delta(blocked(600, 1020, 10, 4))
+    x, slot = torch.randn(9, 1020), torch.zeros(9, dtype=torch.int64)
+    expected = sparse_delta_linear(x, [packed], slot, torch.zeros(9, 600))
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(
+            lambda _: sparse_delta_linear(x, [packed], slot, torch.zeros(9, 600)), range(40)
+        )
+        assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not available(), reason="the loops were not compiled")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_multiplies_too():
+    packed = PackedDelta.from_delta(blocked(1030, 1020, 10, 4))
+    x, slot = torch.randn(40, 1020), torch.zeros(40, dtype=torch.int64)
+    y, again = torch.zeros(40, 1030), torch.zeros(40, 1030)  # PyTorch's own loops do not survive
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sparse_delta_linear(x, [packed], slot, y)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            sparse_delta_linear(x, [packed], slot, again)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_x_gets_the_gradient_of_the_dense_product(backend: str, transposed: bool):
@@ -241,6 +300,26 @@ def test_what_does_not_fit_is_refused_with_the_sizes():
         sparse_delta_linear(x[None], [packed], slot, y)
     with pytest.raises(ValueError, match=r"must be floats, not torch.int64"):
         sparse_delta_linear(x.long(), [packed], slot, y)
+
+
+def test_the_loops_are_compiled_where_a_compiler_is():
+    if os.environ.get("DARE_ADAPTERS_COMPILED") == "0" or shutil.which("cc") is None:
+        pytest.skip("switched off, or no C compiler on this machine")
+    assert available(), "reinstall the project: `pip install -e .`"
+
+
+@pytest.mark.skipif(not available(), reason="the loops were not compiled")
+def test_broken_offsets_and_columns_never_reach_outside():
+    for made in (blocked(50, 95, 10, 4), blocked(50, 95, 300, 4), bernoulli(50, 95, 0.5, 4)):
+        packed = PackedDelta.from_delta(made)
+        broken = {
+            name: torch.ones_like(one).neg_() if name in ("offsets", "column_index") else one
+            for name, one in packed.tensors().items()
+        }
+        delta = PackedDelta.from_tensors(packed.layout, broken)
+        x, slot = torch.ones(5, 95), torch.zeros(5, dtype=torch.int64)
+        found = sparse_delta_linear(x, [delta], slot, torch.zeros(5, 50), backend="compiled")
+        assert found.isfinite().all()
 
 
 def test_no_deltas_change_nothing():
