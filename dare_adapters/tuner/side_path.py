@@ -24,8 +24,13 @@ from dare_adapters.tuner.stored import StoredParameter
 if TYPE_CHECKING:
     from dare_adapters.tuner.layer import DareLayer
 
-__all__ = ["can_add", "forward_adding", "forward_with_deltas", "must_add"]
+__all__ = ["better_adds", "can_add", "forward_adding", "forward_with_deltas", "must_add"]
 
+# A copy of a smaller weight costs less than a call of a kernel.
+_LARGE = 1 << 18
+# Tokens that a product from the packed form is sooner done for than a copy of the weight (measured
+# on two cores at 90 %, 4 bits and float32 values, 1024 to 4096 columns).
+_FEW_TOKENS = 32
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -95,15 +100,27 @@ def must_add(layer: DareLayer) -> bool:
     return weight is not None and packed_shape(layer.owner, "weight", weight) is not None
 
 
+def better_adds(layer: DareLayer, adapters: Sequence[str], args: tuple[Any, ...]) -> bool:
+    """Whether it is cheaper to add these adapters' products than to add the adapters up first."""
+    weight = layer.owner._parameters.get("weight")
+    if torch.is_grad_enabled() or weight is None or weight.numel() < _LARGE or not args:
+        return False
+    kind, x = _kind(layer.owner), args[0]
+    few = kind in ("linear", "transposed") and x.numel() // x.shape[-1] <= _FEW_TOKENS
+    return (few or kind == "embedding") and can_add(layer, adapters)
+
+
 def forward_adding(
     layer: DareLayer, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """The output of a layer with a packed weight; gradients flow to values that train.
+    """The layer's output with its own weight, and what adapters add to it.
+
+    Gradients flow to values that train.
 
     Raises:
         UnsupportedParameterError: an adapter brings a value of its own, or rows.
     """
-    adapters = [name for name in adapters if layer.dare_stored.get(name)]
+    adapters = [name for name in adapters if layer.changed_by([name])]
     if not can_add(layer, adapters):
         raise UnsupportedParameterError(
             f"{type(layer.owner).__name__} has a packed weight, to which deltas can be added and "
@@ -111,9 +128,8 @@ def forward_adding(
         )
     x = args[0] if args else next(iter(kwargs.values()))
     if not torch.is_grad_enabled():
-        present = list(adapters)
         made: torch.Tensor = layer.base_layer(*args, **kwargs)
-        for name in present:  # one after the other: each input has all of them
+        for name in adapters:  # one after the other: each input has all of them
             slots = torch.zeros(len(x), dtype=torch.int64)
             made = _added(layer, [name], slots, x, made)
         return made
