@@ -437,7 +437,12 @@ def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
                     "first; to save the fine-tune: merge_dare_adapters() first, or "
                     "dare_adapters.export; to save the adapter: save_dare_adapter()"
                 )
-        return plain(self, *args, **kwargs)
+        done = plain(self, *args, **kwargs)
+        if getattr(self, "_hf_peft_config_loaded", False) and (args or "save_directory" in kwargs):
+            from dare_adapters.tuner.saving import save_again
+
+            save_again(self, args[0] if args else kwargs["save_directory"])
+        return done
 
     return save_pretrained
 

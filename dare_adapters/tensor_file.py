@@ -1,8 +1,7 @@
 """A safetensors file written a tensor at a time, without holding the tensors in memory.
 
 The format wants every tensor aligned to its element size and no holes, so tensors are spooled by
-dtype and joined when the last one has come, in the order of the safetensors library: largest
-elements first, then by name. Whoever reads the tensors and writes them again gets the same bytes.
+element size and joined, largest elements first, when the last one has come.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from dare_adapters.checkpoint import DTYPES
 __all__ = ["DTYPE_NAMES", "TensorFileWriter", "file_sha256"]
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# As the safetensors library has them, from last to first.
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 _CHUNK = 1 << 22
 
 
@@ -34,48 +31,43 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, metadata: dict[str, str]) -> None:
         self._path, self._metadata = path, metadata
-        self._spools: dict[str, BinaryIO] = {}
-        self._placed: dict[str, list[tuple[str, list[int], int, int]]] = {}
+        self._spools: dict[int, BinaryIO] = {}
+        self._placed: dict[int, list[tuple[str, str, list[int], int]]] = {}
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Append a CPU tensor."""
-        dtype = DTYPE_NAMES[tensor.dtype]
-        if dtype not in self._spools:
-            self._spools[dtype] = self._path.with_name(f"{self._path.name}.spool{dtype}").open(
-                "w+b"
-            )
-            self._placed[dtype] = []
+        size = tensor.element_size()
+        if size not in self._spools:
+            self._spools[size] = self._path.with_name(f"{self._path.name}.spool{size}").open("w+b")
+            self._placed[size] = []
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        spool = self._spools[dtype]
-        self._placed[dtype].append((key, list(tensor.shape), spool.tell(), data.nbytes))
-        spool.write(data.data)
+        self._spools[size].write(data.data)
+        entry = (key, DTYPE_NAMES[tensor.dtype], list(tensor.shape), data.nbytes)
+        self._placed[size].append(entry)
 
     def finish(self) -> str:
         """Write the file; its SHA-256 in hex."""
         header: dict[str, object] = {"__metadata__": self._metadata}
         offset = 0
-        order = [dtype for dtype in _ORDER if dtype in self._spools]
-        for dtype in order:
-            self._placed[dtype].sort()
-            for key, shape, _, nbytes in self._placed[dtype]:
+        order = sorted(self._spools, reverse=True)
+        for size in order:
+            for key, dtype, shape, nbytes in self._placed[size]:
                 offsets = [offset, offset + nbytes]
                 header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
                 offset += nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         digest = hashlib.sha256()
         with self._path.open("xb") as file:
             for piece in (len(text).to_bytes(8, "little"), text):
                 digest.update(piece)
                 file.write(piece)
-            for dtype in order:
-                spool = self._spools[dtype]
-                for _, _, start, nbytes in self._placed[dtype]:
-                    spool.seek(start)
-                    for done in range(0, nbytes, _CHUNK):
-                        chunk = spool.read(min(nbytes - done, _CHUNK))
-                        digest.update(chunk)
-                        file.write(chunk)
+            for size in order:
+                spool = self._spools[size]
+                spool.seek(0)
+                while chunk := spool.read(_CHUNK):
+                    digest.update(chunk)
+                    file.write(chunk)
         self.close()
         return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner.exchange import exchange, exchanged
 from dare_adapters.tuner.lazy_weight import lazy_weight
+from dare_adapters.tuner.side_path import better_adds, forward_adding, must_add
 from dare_adapters.tuner.state import DareState
 
 __all__ = ["BYSTANDER", "DareBystander", "DareLayer"]
@@ -64,9 +65,11 @@ class DareLayer(DareState):
         self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The module's forward with the weights that it has under these adapters."""
-        values = self.effective(adapters)
-        if not values:
+        if not self.changed_by(adapters):
             return self.base_layer(*args, **kwargs)
+        if must_add(self) or better_adds(self, adapters, args):
+            return forward_adding(self, adapters, args, kwargs)
+        values = self.effective(adapters)
         owner = self.owner
         if any(name in owner.__dict__ for name in values):  # FSDP
             with exchanged(owner, values):

@@ -23,6 +23,7 @@ from dare_adapters.mask import BernoulliSupport, matrix_shape
 from dare_adapters.tensor_file import DTYPE_NAMES
 from dare_adapters.tuner.config import DareConfig
 from dare_adapters.tuner.names import Owner, base_model, own_tensors
+from dare_adapters.tuner.packed_base import matrix_window, packed_shape
 from dare_adapters.tuner.stored import Placement
 
 __all__ = ["Plan", "plan_adapter"]
@@ -76,8 +77,10 @@ def plan_adapter(model: nn.Module, config: DareConfig) -> Plan:
         taken = {place.owner for _, place, _ in chosen}
         chosen += _recipe(model, config, owners, plan, taken)
     first: dict[int, str] = {}
-    for name, place, entry in chosen:
-        owner = owners[place.owner]
+    for name, found, entry in chosen:
+        owner = owners[found.owner]
+        shape = packed_shape(owner.module, owner.local, owner.tensor)
+        place = found if shape is None else matrix_window(found, shape)
         if first.setdefault(id(owner.tensor), place.owner) != place.owner:
             continue  # tied to one that is placed already
         _check(name, place, entry, owner)
@@ -155,8 +158,11 @@ def _recipe(
             vector = owner.tensor.dim() < 2
             if not wanted or (vector and not config.train_vectors):
                 continue
+        dtype, packed = owner.tensor.dtype, packed_shape(owner.module, owner.local, owner.tensor)
         for name, place in named.get(own) or [(own, _whole(own, owner.tensor))]:
-            yield name, place, _recipe_entry(name, place.shape, owner.tensor.dtype, config, new)
+            shape = packed or place.shape
+            kind = torch.float32 if packed else dtype
+            yield name, place, _recipe_entry(name, shape, kind, config, new)
     if not matched and config.described is None and config.target_modules is not None:
         raise NoMatchingPeftModuleError(
             f"Target modules {config.target_modules} not found in the base model. Please check "
@@ -166,6 +172,8 @@ def _recipe(
 
 def _trains(owner: Owner) -> bool:
     tensor = owner.tensor
+    if packed_shape(owner.module, owner.local, tensor) is not None:
+        return True
     plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     return plain and tensor.element_size() >= 2 and tensor.numel() > 0
 

@@ -7,7 +7,6 @@ before it writes them. So a config remembers what was taken by whom it describes
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from dare_adapters.config import KEY_PREFIX, WEIGHTS_NAME, AdapterConfig, Parame
 from dare_adapters.delta import SparseDelta
 from dare_adapters.encode import encode_seeded
 from dare_adapters.live import is_patchable, locate_all
-from dare_adapters.tensor_file import DTYPE_NAMES, file_sha256
+from dare_adapters.tensor_file import DTYPE_NAMES, TensorFileWriter, file_sha256
 from dare_adapters.tuner.loading import HeldTensor, held_tensors
 from dare_adapters.tuner.names import base_model, own_tensors
 from dare_adapters.tuner.state import DareState
@@ -31,7 +30,9 @@ from dare_adapters.witness import encode_sampled, sample_positions
 if TYPE_CHECKING:
     from dare_adapters.tuner.config import DareConfig
 
-__all__ = ["Taken", "adapter_state_dict", "take_description"]
+__all__ = ["Taken", "adapter_state_dict", "save_again", "take_description"]
+
+_ORDER = ("scales", "support", "values", "delta", "value", "rows")
 
 
 @dataclass
@@ -41,12 +42,10 @@ class Taken:
     Attributes:
         description: complete but for the digest of the file.
         tensors: key in the file -> tensor.
-        time_ns: when they were taken.
     """
 
     description: AdapterConfig
     tensors: dict[str, torch.Tensor]
-    time_ns: int
 
 
 def adapter_state_dict(
@@ -79,7 +78,7 @@ def adapter_state_dict(
             entries[name] = entry
             tensors.update({key: kept[key] for key in keys})
     description = _describe(model, config, entries)
-    config._taken = Taken(description, tensors, time.time_ns())
+    config._taken = Taken(description, tensors)
     if held and not held[0].live_key.startswith(KEY_PREFIX):
         return {key.removeprefix(KEY_PREFIX): one for key, one in tensors.items()}
     return dict(tensors)
@@ -96,20 +95,63 @@ def take_description(config: DareConfig, directory: Path) -> AdapterConfig | Non
     if taken is None:
         return config.described
     file = directory / WEIGHTS_NAME
-    if file.is_file() and file.stat().st_mtime_ns >= taken.time_ns:
-        digest = file_sha256(file)
-    else:  # it is written later, by the same library
-        whole = {key: one.detach().cpu().contiguous() for key, one in taken.tensors.items()}
-        digest = hashlib.sha256(safetensors_bytes(whole, {"format": "pt"})).hexdigest()
     read = config.described
-    if (
-        read is not None
-        and digest == read.sha256
-        and taken.description.parameters == (read.parameters)
-    ):
+    same = read is not None and taken.description.parameters == read.parameters
+    whole = {key: one.detach().cpu().contiguous() for key, one in taken.tensors.items()}
+    # Both libraries write with safetensors, now or when this is done.
+    digest = hashlib.sha256(safetensors_bytes(whole, {"format": "pt"})).hexdigest()
+    written = file.is_file() and file_sha256(file) == digest
+    if read is not None and same and written and digest != read.sha256:
+        digest = _written_as_read(read, whole, file) or digest
+    if same and read is not None and digest == read.sha256:
         return read
     taken.description.sha256 = digest
     return taken.description
+
+
+def save_again(model: nn.Module, directory: str | Path) -> None:
+    """After transformers has written an adapter: config and tensors as they were read.
+
+    It saves the config before the tensors, and these in the order of the safetensors library.
+    """
+    from dare_adapters.tuner.config import DareConfig
+
+    configs = getattr(model, "peft_config", None)
+    active = getattr(model, "active_adapters", None)
+    if not isinstance(configs, dict) or not callable(active):
+        return
+    for name in active():
+        config = configs.get(name)
+        if not isinstance(config, DareConfig) or config.described is None:
+            continue
+        if (Path(directory) / WEIGHTS_NAME).is_file():
+            config.save_pretrained(directory)
+
+
+def _written_as_read(
+    read: AdapterConfig, tensors: dict[str, torch.Tensor], file: Path
+) -> str | None:
+    """Exchange a file for the one that was read, if that is what its tensors make; its SHA-256.
+
+    Other libraries write tensors in another order.
+    """
+    again = file.with_name(f"{file.name}.again")
+    again.unlink(missing_ok=True)
+    writer = TensorFileWriter(again, {"format": "pt"})
+    try:
+        for name, entry in read.parameters.items():
+            keys = entry.tensors(name)
+            for part in _ORDER:  # as they are encoded
+                if (key := tensor_key(name, part)) in keys:
+                    writer.add(key, tensors[key])
+        digest = writer.finish()
+        if digest != read.sha256:
+            return None
+        again.replace(file)
+        return digest
+    finally:
+        writer.close()
+        again.unlink(missing_ok=True)
 
 
 def _stored(

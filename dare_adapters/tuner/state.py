@@ -203,6 +203,32 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         parts = [one.trained_part(self.parts(one, name), base.device) for one, name in trained]
         return add_trained(base, parts)
 
+    def trained_change(
+        self, adapters: Sequence[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What adapters change of a matrix and of its bias, float32, differentiable."""
+        changes: dict[str, torch.Tensor] = {}
+        for local in ("weight", "bias"):
+            here = [
+                (one, name)
+                for name in adapters
+                for one in self.dare_stored.get(name, ())
+                if one.placement.local == local
+            ]
+            if here:
+                zeros = torch.zeros(here[0][0].placement.window.shape, device=device)
+                floats = [pair for pair in here if pair[0].holds_floats]
+                packed = [pair for pair in here if not pair[0].holds_floats]
+                for one, name in packed:
+                    zeros = zeros + self.product(one, name, device).dense()
+                parts = [one.trained_part(self.parts(one, name), device) for one, name in floats]
+                changes[local] = add_trained(zeros, parts) if parts else zeros
+        rows, columns = self.owner.out_features, self.owner.in_features
+        weight = changes.get("weight")
+        if weight is None:
+            weight = torch.zeros(rows, columns, device=device)  # type: ignore[call-overload]
+        return weight, changes.get("bias")
+
     def _sum_on_device(
         self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
     ) -> torch.Tensor:
