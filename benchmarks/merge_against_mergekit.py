@@ -58,7 +58,8 @@ class Run:
 
 
 def run(command: list[str], environment: dict[str, str]) -> Run:
-    """One program, to its end."""
+    """One program, to its end, with nothing left to write of the one before."""
+    os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
