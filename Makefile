@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 
-.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench clean
+.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-merge mixed-batch clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,12 @@ check: setup ## formatting, lint, types
 
 bench: setup ## the README's table of sizes and speeds
 	$(BIN)/python benchmarks/llama_half_billion.py
+
+mixed-batch: setup ## one batch under eight adapters, beside eight LoRAs
+	$(BIN)/python benchmarks/mixed_batch.py
+
+bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
+	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
 	rm -rf $(VENV) $(MERGEKIT) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

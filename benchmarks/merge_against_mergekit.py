@@ -1,6 +1,7 @@
 """Two full fine-tunes of a Llama of half a billion parameters merged, beside mergekit.
 
     python benchmarks/merge_against_mergekit.py --mergekit ENV/bin/mergekit-yaml [--work DIR]
+        [--methods METHOD …]
 
 The models are those of `llama_half_billion.py`. Each merge runs in a process of its own, imports
 included, the two programs in turn, round by round; figures are medians, and ratios of one round.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -97,7 +99,9 @@ def timed(work: Any) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cpu
 
 
-def measure(work: Path, mergekit: Path | None, repeats: int) -> dict[str, Any]:
+def measure(
+    work: Path, mergekit: Path | None, repeats: int, methods: Sequence[str] = tuple(METHODS)
+) -> dict[str, Any]:
     """All measurements."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
         base, first, second = maker.submit(make_family, work).result()
@@ -111,7 +115,7 @@ def measure(work: Path, mergekit: Path | None, repeats: int) -> dict[str, Any]:
         "repeats": repeats,
         "merges": {},
     }
-    for method in METHODS:
+    for method in methods:
         recipe, out = work / f"{method}.yml", work / "merged"
         write_recipe(recipe, method, base.absolute(), models)
         rounds = []
@@ -124,7 +128,7 @@ def measure(work: Path, mergekit: Path | None, repeats: int) -> dict[str, Any]:
             shutil.rmtree(out, ignore_errors=True)
         results["merges"][method] = _summary(rounds)
         show_progress(method, results["merges"][method])
-    results["from_adapters"] = from_adapters(work, base, [first, second], repeats)
+    results["from_adapters"] = from_adapters(work, base, [first, second], repeats, methods)
     return results
 
 
@@ -144,7 +148,9 @@ def _summary(rounds: list[dict[str, Run]]) -> dict[str, Any]:
     return summary
 
 
-def from_adapters(work: Path, base: Path, models: list[Path], repeats: int) -> dict[str, Any]:
+def from_adapters(
+    work: Path, base: Path, models: list[Path], repeats: int, methods: Sequence[str]
+) -> dict[str, Any]:
     """The same merges of two adapters, as a checkpoint, in this process, and on a live model."""
     adapters = [work / "adapter-1-4bit", work / "adapter-2-4bit"]
     for model, adapter in zip(models, adapters, strict=True):
@@ -157,7 +163,8 @@ def from_adapters(work: Path, base: Path, models: list[Path], repeats: int) -> d
     for name, adapter in zip(names, adapters, strict=True):
         live.load_dare_adapter(adapter, name, activate=False)
     results: dict[str, Any] = {}
-    for method, (parameters, _) in METHODS.items():
+    for method in methods:
+        parameters = METHODS[method][0]
         recipe, out = work / f"{method}-adapters.yml", work / "merged"
         checkpoints = work / f"{method}.yml"
         if method == "linear":
@@ -269,10 +276,13 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment of its own")
     parser.add_argument("--work", type=Path, help="keep the models here (default: a temporary)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        results = measure(options.work or Path(temporary), options.mergekit, options.repeats)
+        results = measure(
+            options.work or Path(temporary), options.mergekit, options.repeats, options.methods
+        )
     show(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
