@@ -1,9 +1,11 @@
-"""The compiled loops, which are optional: without a compiler the library runs on PyTorch alone.
+"""What setup.cfg cannot say: packages from several source roots, and the compiled loops.
 
-Everything else is in setup.cfg.
+The loops are optional: without a compiler the library runs on PyTorch alone.
 """
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+
+SOURCE_ROOTS = {".": ["dare_adapters", "dare_adapters.*"], "integrations": ["*"], "eval": ["*"]}
 
 HEADERS = [f"dare_adapters/_{name}.h" for name in ("codes", "difference", "floats", "support")]
 # No fused multiply-add: results are those of PyTorch, bit for bit. Comparisons with NaN raise no
@@ -11,6 +13,11 @@ HEADERS = [f"dare_adapters/_{name}.h" for name in ("codes", "difference", "float
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
 
 setup(
+    packages=[
+        package
+        for root, include in SOURCE_ROOTS.items()
+        for package in find_packages(root, include=include)
+    ],
     ext_modules=[
         Extension(
             "dare_adapters._rows",

@@ -1,0 +1,1 @@
+"""DARE adapters in unmodified vLLM."""
