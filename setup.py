@@ -50,5 +50,5 @@ setup(
             depends=HEADERS,
             optional=True,
         ),
-    ]
+    ],
 )
