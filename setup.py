@@ -21,7 +21,7 @@ setup(
     ext_modules=[
         Extension(
             "dare_adapters._rows",
-            ["dare_adapters/_rows.c", "dare_adapters/_finite.c"],
+            [f"dare_adapters/_{name}.c" for name in ("rows", "finite", "quantise")],
             extra_compile_args=FLAGS,
             depends=HEADERS,
             optional=True,

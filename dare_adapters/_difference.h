@@ -5,12 +5,6 @@
 
 #include "_floats.h"
 
-static float read_float(const void *values, int64_t place, int dtype) {
-    if (dtype == FLOAT32) return ((const float *)values)[place];
-    uint16_t bits = ((const uint16_t *)values)[place];
-    return dtype == BFLOAT16 ? as_float((uint32_t)bits << 16) : from_half(bits);
-}
-
 enum { STRIP = 1024 };
 
 /* Fine-tune minus base of up to STRIP consecutive entries. */

@@ -59,4 +59,10 @@ static inline uint16_t to_half(float f) { /* to nearest, ties to even */
     return sign | (uint16_t)((rest - 0x38000000) >> 13);
 }
 
+static inline float read_float(const void *values, int64_t place, int dtype) {
+    if (dtype == FLOAT32) return ((const float *)values)[place];
+    uint16_t bits = ((const uint16_t *)values)[place];
+    return dtype == BFLOAT16 ? from_bfloat16(bits) : from_half(bits);
+}
+
 #endif

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
+from dare_adapters import compiled_codec
 from dare_adapters.mask import Slots
 from dare_adapters.scales import round_scales
 
@@ -25,7 +25,6 @@ __all__ = [
     "bytes_per_row",
     "pack",
     "quantise",
-    "row_dot",
     "unpack",
 ]
 
@@ -33,6 +32,7 @@ BITS = (32, 16, 8, 4, 2, 1)
 # Candidates for a row's scale, of which the best is refined. In units of largest / limit, for rows
 # without a tail, and of the root mean square, for rows with one (normal to Laplace): together they
 # come within a few percent of an exhaustive search on all of them.
+_LANES = 16
 _OF_LARGEST = {8: (1.0,), 4: (1.0,), 2: (1.0,)}
 _OF_RMS = {8: (), 4: (0.36, 0.5), 2: (1.2, 1.6)}
 
@@ -70,6 +70,9 @@ def quantise(values: torch.Tensor, slots: Slots, bits: int) -> Quantised:
         slots: which slots are used.
         bits: 8, 4, 2 or 1.
     """
+    if compiled_codec.available() and values.device.type == "cpu":
+        used = None if slots.valid is None else slots.used_per_row()
+        return Quantised(*compiled_codec.quantise(values.contiguous(), used, bits))
     signal = row_dot(values, values)
     if bits == 1:
         return _signs(values, slots, signal)
@@ -91,17 +94,31 @@ def quantise(values: torch.Tensor, slots: Slots, bits: int) -> Quantised:
     best = (overlap * overlap / energy).argmax(dim=0, keepdim=True)
     scales = round_scales((overlap / energy).gather(0, best)[0], bits)
     _round(values, _inverse(scales), limit, codes)
-    overlap, energy = row_dot(values, codes), row_dot(codes, codes)
-    rounding = signal - scales * (2 * overlap - scales * energy)
-    return Quantised(codes.to(torch.int8), scales, signal, rounding)
+    error = values - scales[:, None] * codes
+    return Quantised(codes.to(torch.int8), scales, signal, row_dot(error, error))
 
 
 def row_dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The inner product of each row, float32 (n,), of two float32 (n, K)."""
-    if one.device.type != "cpu":
-        return (one * other).sum(dim=1)
-    # Three times as fast as a product and a sum in PyTorch, and on one thread: deterministic.
-    return torch.from_numpy(np.einsum("ij,ij->i", one.numpy(), other.numpy()))
+    return row_sum(one * other)
+
+
+def row_sum(matrix: torch.Tensor) -> torch.Tensor:
+    """The sum of each row, float32 (n,), of a float32 (n, K).
+
+    On the CPU in one order everywhere: sixteen lanes, entry j in lane j mod 16, which are then
+    added in halves.
+    """
+    if matrix.device.type != "cpu":
+        return matrix.sum(dim=1)
+    lanes = matrix.new_zeros(len(matrix), _LANES)
+    for start in range(0, matrix.shape[1], _LANES):
+        part = matrix[:, start : start + _LANES]
+        lanes[:, : part.shape[1]] += part
+    while lanes.shape[1] > 1:
+        low, high = lanes.chunk(2, dim=1)
+        lanes = low + high
+    return lanes[:, 0]
 
 
 def _largest(values: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -120,7 +137,7 @@ def _round(values: torch.Tensor, inverse: torch.Tensor, limit: int, out: torch.T
 
 
 def _signs(values: torch.Tensor, slots: Slots, signal: torch.Tensor) -> Quantised:
-    magnitude = values.abs().sum(dim=1)
+    magnitude = row_sum(values.abs())
     scales = torch.where(magnitude > 0, signal / magnitude.clamp(min=1e-38), magnitude)
     scales = round_scales(scales, 1)
     minus = values < 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from dare_adapters import compiled, compiled_selection
@@ -91,11 +92,14 @@ class ParameterDifference(Delta):
 
     def rows_between(self, start: int, stop: int) -> torch.Tensor:
         """The delta of whole rows, float32 (n * columns,)."""
+        return self.entries_between(start * self.columns, stop * self.columns)
+
+    def entries_between(self, low: int, high: int) -> torch.Tensor:
+        """The delta at flat positions low … high - 1, float32 (high - low,)."""
+        base, finetuned = self.base[low:high], self.finetuned[low:high]
         if self._comparable:
-            return compiled_selection.difference(*self._flat(start, stop))
-        low, high = start * self.columns, stop * self.columns
-        finetuned = self.finetuned[low:high].to(torch.float32, copy=True)
-        return finetuned.sub_(self.base[low:high].to(torch.float32))
+            return compiled_selection.difference(base, finetuned)
+        return finetuned.to(torch.float32, copy=True).sub_(base.to(torch.float32))
 
     def read_support(
         self, support: Support, factor: float, start: int, stop: int
@@ -220,14 +224,10 @@ class Difference(Mapping[str, ParameterDifference]):
             starts, length = [0], size
             if size > _RUNS * _RUN_LENGTH:
                 starts, length = [w % (size - _RUN_LENGTH) for w in words.tolist()], _RUN_LENGTH
-            for start in starts:
-                stop = start + length
-                a = difference.base[start:stop].to(torch.float32)
-                found.append((difference.finetuned[start:stop].to(torch.float32) - a).abs())
-        if not found:
-            return DeltaSample(0.0, 0.0, 0.0, 0.0)
-        values = torch.cat(found)
-        values = values[torch.isfinite(values)].sort().values
+            found += [difference.entries_between(start, start + length) for start in starts]
+        # NumPy's sort uses vectors; infinity and NaN come last.
+        values = np.sort(torch.cat(found).abs_().numpy()) if found else np.zeros(0, np.float32)
+        values = values[: np.searchsorted(values, np.inf)]
         if not len(values):
             return DeltaSample(0.0, 0.0, 0.0, 0.0)
         last = len(values) - 1

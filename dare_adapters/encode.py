@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dare_adapters import codec
+from dare_adapters import codec, compiled_codec
 from dare_adapters.config import ParameterEntry, tensor_key
 from dare_adapters.delta import STEP_ENTRIES, Delta, SparseDelta
 from dare_adapters.difference import ParameterDifference
@@ -174,6 +174,16 @@ def _encode_rows(
     start: int,
     stop: int,
 ) -> _Part:
+    if isinstance(support, BlockedSupport) and bits < 16 and difference.compiled:
+        row_bytes = codec.bytes_per_row(support.slots_per_row, bits)
+        encoded = compiled_codec.encode(
+            support.where, row_bytes, difference.base, difference.finetuned, rule.factor, bits,
+            start, stop,
+        )  # fmt: skip
+        if encoded is not None:
+            packed, scales, signal, rounding, used = encoded
+            energy = Energy(used, _total(signal), _total(rounding.clamp_(min=0)))
+            return _Part(packed, scales, energy)
     difference.check_finite(start, stop)
     slots, values = rule.survivors(difference, support, start, stop)
     return _encode_values(slots, values, support, bits)
@@ -208,8 +218,8 @@ def _total(rows: torch.Tensor) -> float:
 
 
 def _energy(values: torch.Tensor) -> float:
-    matrix = values if values.dim() == 2 else values[None]
-    return _total(codec.row_dot(matrix, matrix))
+    flat = values.reshape(-1).cpu().numpy()
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
 
 
 def _largest(values: torch.Tensor) -> float:

@@ -237,6 +237,7 @@ def _write_tensors(
             name, result = begun.popleft()
             encoded = result()
             config.witness[name] = encode_witness(name, base[name])
+            pool.submit(difference[name].release)  # else all at once at the end, on one thread
             if encoded is not None:
                 writer.add(encoded, plan.rule_for(name, base.info[name].shape))
             bar.update(base.info[name].nbytes)

@@ -125,8 +125,12 @@ def test_extracting_again_gives_the_golden_bytes(golden_pair, tmp_path, name):
     assert tensors_of(again) == tensors_of(GOLDEN / name)
     stored = json.loads((GOLDEN / name / "adapter_config.json").read_text())
     found = json.loads((again.path / "adapter_config.json").read_text())
-    for field in (*BINDING, "digest", "fidelity"):
+    for field in (*BINDING, "digest"):
         assert found[field] == stored[field], field
+    # Measurements, not part of the format: an eight-bit error is what is left of nearly equal sums.
+    assert found["fidelity"].keys() == stored["fidelity"].keys()
+    for group, measured in stored["fidelity"].items():
+        assert found["fidelity"][group] == pytest.approx(measured, rel=1e-2), group
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the golden bytes as x86 or arm do")
