@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dare_adapters.errors import CheckpointError
-from dare_adapters.mapped_pages import release_pages
+from dare_adapters.mapped_pages import MappedFile
 
 __all__ = ["Checkpoint", "ParameterInfo", "open_checkpoint", "read_json"]
 
@@ -73,6 +73,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.shards: dict[str, list[str]] = {}
         self._readers: dict[str, Any] = {}
         self._mapped: dict[str, torch.Tensor] = {}
+        self._mapped_files: dict[str, MappedFile] = {}
         self._file_of: dict[str, str] = {}
         for file, names in _list_shards(path).items():
             self._open(file, names)
@@ -91,7 +92,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Take a tensor that was read out of resident memory, where it is mapped."""
         file = self._file_of[name]
         if name in self._mapped and not isinstance(self._readers[file], dict):
-            release_pages(self._mapped[name], self.path / file)
+            self._mapped_files[file].release_pages(self._mapped[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
@@ -157,6 +158,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             self._file_of[name] = file
             self.shards.setdefault(file, []).append(name)
         self._readers[file] = reader
+        self._mapped_files[file] = MappedFile(full)
 
 
 def open_checkpoint(

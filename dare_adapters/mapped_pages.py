@@ -16,28 +16,48 @@ from typing import Any
 
 import torch
 
-__all__ = ["release_pages"]
+__all__ = ["MappedFile"]
 
 _DONTNEED = 4
 
 
-def release_pages(tensor: torch.Tensor, file: Path) -> None:
-    """Let go of the pages of a tensor that is mapped from `file`; reading it brings them back.
+class MappedFile:
+    """A file of which tensors are mapped, all by one mapping that they keep alive.
 
-    Does nothing where the tensor is not mapped from that file: memory of any other kind would
-    lose its contents.
+    The kernel's list of mappings has a thousand lines and takes long to read: where the mapping
+    is, is looked up once. Whoever asks keeps a tensor of it for as long.
+
+    Args:
+        file: its path.
     """
-    if not sys.platform.startswith("linux") or not tensor.numel():
-        return
-    page = mmap.PAGESIZE
-    first = -(-tensor.data_ptr() // page) * page
-    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
-    if last > first and _is_mapped_from(first, last, file):
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._start = self._stop = 0
+
+    def release_pages(self, tensor: torch.Tensor) -> None:
+        """Let go of the pages of a tensor; reading it brings them back.
+
+        Does nothing where the tensor is not mapped from the file: memory of any other kind would
+        lose its contents.
+        """
+        if not sys.platform.startswith("linux") or not tensor.numel():
+            return
+        page = mmap.PAGESIZE
+        first = -(-tensor.data_ptr() // page) * page
+        last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+        if last <= first:
+            return
+        if not (self._start <= first and last <= self._stop):
+            found = _mapping_around(first, last, self._file)
+            if found is None:
+                return
+            self._start, self._stop = found
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
 
 
-def _is_mapped_from(first: int, last: int, file: Path) -> bool:
-    """Whether addresses first … last are one mapping of the file, unwritten."""
+def _mapping_around(first: int, last: int, file: Path) -> tuple[int, int] | None:
+    """The mapping of the file that has the addresses first … last, if one has them all."""
     name = os.fsencode(os.path.realpath(file))
     with open("/proc/self/maps", "rb") as maps:
         text = maps.read()
@@ -48,9 +68,9 @@ def _is_mapped_from(first: int, last: int, file: Path) -> bool:
         place, _, _, _, _, path = text[line_start:line_end].split(maxsplit=5)
         start, stop = (int(part, 16) for part in place.split(b"-"))
         if start <= first and last <= stop:
-            return path == name
+            return (start, stop) if path == name else None
         found = text.find(name, line_end)
-    return False
+    return None
 
 
 @lru_cache(maxsize=1)

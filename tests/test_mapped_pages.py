@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dare_adapters import mapped_pages
-from dare_adapters.mapped_pages import release_pages
+from dare_adapters.mapped_pages import MappedFile
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux alone")
@@ -26,6 +26,10 @@ def resident_file_bytes() -> int:
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("RssFile"))
     return int(line.split()[1]) * 1024
+
+
+def release_pages(tensor: torch.Tensor, file: Path) -> None:
+    MappedFile(file).release_pages(tensor)
 
 
 def values(count: int) -> torch.Tensor:
@@ -59,6 +63,31 @@ def test_released_pages_leave_memory_and_come_back_with_the_same_values(
         assert before - resident_file_bytes() > 31 * MIB
     assert torch.equal(mapped, expected)
     assert int(mapped[12_345_678 % len(mapped)]) == int(expected[12_345_678 % len(mapped)])
+
+
+@linux
+def test_the_list_of_mappings_is_read_once_for_a_file(
+    file: Path, mapped: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    known = MappedFile(file)
+    known.release_pages(mapped[: MIB // 2])
+    monkeypatch.setattr(mapped_pages, "_mapping_around", lambda *_: pytest.fail("read again"))
+    assert torch.equal(mapped, values(8 * MIB))
+    before = resident_file_bytes()
+    known.release_pages(mapped)
+    assert before - resident_file_bytes() > 31 * MIB
+    assert torch.equal(mapped, values(8 * MIB))
+
+
+@linux
+def test_what_is_elsewhere_is_not_released_though_the_file_is_known(
+    file: Path, mapped: torch.Tensor
+):
+    known = MappedFile(file)
+    known.release_pages(mapped)
+    memory = written(4 * MIB)
+    known.release_pages(memory)
+    assert torch.equal(memory, written(4 * MIB))
 
 
 @linux
