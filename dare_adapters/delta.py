@@ -171,6 +171,16 @@ class Delta(ABC):
         """The change of some rows where it is, float32 (n * columns,); -0 where there is none."""
         _fill(out, *self.read(start, stop))
 
+    def add_to(self, total: torch.Tensor, weight: float, start: int, stop: int) -> None:
+        """Add `weight` times some rows to `total`, float32 (n * columns,), contiguous."""
+        index, values = self.read(start, stop)
+        if index is None:
+            total.add_(values.mul_(weight))
+        elif compiled.can_use(total):
+            compiled.accumulate(total, index, values.contiguous(), weight)
+        else:
+            total[index] += values * weight  # assigns: a position that comes twice counts once
+
     def fill_above(
         self, out: torch.Tensor, value: float, last: float, start: int, stop: int
     ) -> None:
@@ -606,11 +616,7 @@ def add_rows(
         # What nobody changes has -0.0 added to it, which leaves every bit of it alone.
         total = torch.full((len(base),), -0.0)
         for weighted in deltas:
-            index, values = weighted.delta.read(start, stop)
-            if index is None:
-                total.add_(values.mul_(weighted.weight))
-            else:
-                compiled.accumulate(total, index, values, weighted.weight)
+            weighted.delta.add_to(total, weighted.weight, start, stop)
         return compiled.add(base, total)
     if usable and deltas[0].weight == 1.0:
         dense = deltas[0].delta.read_dense(start, stop)

@@ -14,7 +14,8 @@ from dare_adapters import compiled
 from dare_adapters.combine import loops
 from dare_adapters.combine.consensus import DIVISORS, VOTES, _merge, disjoint_merge
 from dare_adapters.combine.della import magprune
-from dare_adapters.combine.sparsify import RandomMasks, _gathered
+from dare_adapters.combine.rescale import _Survivors
+from dare_adapters.combine.sparsify import RandomMasks
 from dare_adapters.combine.union import Elementwise, read_union
 from dare_adapters.delta import Delta, DenseDelta, WeightedDelta, add_rows, apply_rows
 from dare_adapters.difference import ParameterDifference
@@ -202,16 +203,43 @@ def test_a_dense_election_adds_what_a_sparse_one_does(
 
 
 @settings(max_examples=100, deadline=None)
-@given(deltas=aligned_deltas(most=1), offset=st.integers(0, 1 << 33))
-def test_survivors_are_gathered_as_pytorch_does(deltas: list[Delta], offset: int):
-    delta, dtype = deltas[0], torch.int64 if offset >> 31 else torch.int32
-    index, values = delta.read(0, delta.rows)
-    if dtype == torch.int32 and offset + delta.rows * delta.columns >= 1 << 31:
-        return
-    places, kept, total = _gathered(index, values, offset, dtype)
+@given(
+    deltas=aligned_deltas(most=1),
+    offset=st.sampled_from([0, 5, 1000, 1 << 31, 1 << 33]),
+    expected=st.integers(0, 40),
+    factor=st.floats(0.1, 10),
+    weight=st.floats(-2, 2),
+)
+def test_survivors_are_remembered_as_pytorch_does(
+    deltas: list[Delta], offset: int, expected: int, factor: float, weight: float
+):
+    delta = deltas[0]
+    size = delta.rows * delta.columns
+    half = delta.rows // 2
+    parts = [(0, half), (half, delta.rows)] if half else [(0, delta.rows)]
+
+    def remembered() -> tuple[_Survivors, float]:
+        found, total = _Survivors(offset + size, expected), 0.0
+        found.factor = factor
+        for start, stop in parts:
+            total += found.append(*delta.read(start, stop), offset + start * delta.columns)
+        return found, total
+
+    found, total = remembered()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loops, "available", lambda: False)
-        expected, plain, plain_total = _gathered(index, values.clone(), offset, dtype)
-    assert torch.equal(places, expected)
-    assert torch.equal(kept, plain)
+        plain, plain_total = remembered()
     assert total == pytest.approx(plain_total, rel=1e-12)
+    assert total == pytest.approx(float(delta.dense().abs().sum(dtype=torch.float64)), rel=1e-6)
+    for low, high in ((0, offset + size), (offset, offset + size // 2), (offset + size, offset)):
+        for one, other in zip(found.between(low, high), plain.between(low, high), strict=True):
+            assert torch.equal(one, other)
+    # What is added is what is read, wherever a range of rows begins.
+    start, stop = parts[-1]
+    low = offset + start * delta.columns
+    total_change = torch.linspace(-1, 1, (stop - start) * delta.columns)
+    index, values = plain.between(low, low + len(total_change))
+    once = total_change.clone()
+    once[index] += values * weight  # assigns: a position that comes twice counts once
+    found.add_to(total_change, weight, low)
+    assert torch.equal(total_change, once)

@@ -21,6 +21,24 @@ EXPORT double dare_gather(const int64_t *index, const float *values, int64_t cou
     return total;
 }
 
+/* total[places - offset] += values * factor * weight; a position that comes twice, one after the
+ * other, counts once. */
+#define ADD_TO(TYPE)                                                                     \
+    do {                                                                                 \
+        const TYPE *place = (const TYPE *)places;                                        \
+        TYPE before = -1;                                                                \
+        for (int64_t j = 0; j < count; j++) {                                            \
+            if (place[j] != before) total[place[j] - offset] += values[j] * factor * weight; \
+            before = place[j];                                                           \
+        }                                                                                \
+    } while (0)
+
+EXPORT void dare_add_to(float *total, const void *places, int wide, const float *values,
+                        int64_t count, int64_t offset, float factor, float weight) {
+    if (wide) ADD_TO(int64_t);
+    else ADD_TO(int32_t);
+}
+
 /* The sign bit where all `lists` rows of values (lists, room) are -0, else 0. */
 VECTORS EXPORT void dare_untouched(int64_t lists, const uint32_t *values, int64_t room,
                                    int64_t count, uint32_t *restrict signs) {

@@ -14,13 +14,13 @@ from dare_adapters.combine.arguments import number
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.linear import linear
 from dare_adapters.combine.registry import delta_method
+from dare_adapters.combine.rescale import rescaled_to_l1
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.combine.sparsify import (
     Sparsified,
     densities,
     keep_largest,
     per_delta,
-    rescaled_to_l1,
 )
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta, NoChange

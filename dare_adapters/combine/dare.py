@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.linear import linear
 from dare_adapters.combine.registry import delta_method
+from dare_adapters.combine.rescale import rescaled_to_l1
 from dare_adapters.combine.sparsify import (
     RandomMasks,
     densities,
     drop_at_random,
-    rescaled_to_l1,
 )
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta

@@ -18,7 +18,8 @@ from dare_adapters.combine.arguments import number
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.linear import linear
 from dare_adapters.combine.registry import delta_method
-from dare_adapters.combine.sparsify import RandomMasks, densities, per_delta, rescaled_to_l1
+from dare_adapters.combine.rescale import rescaled_to_l1
+from dare_adapters.combine.sparsify import RandomMasks, densities, per_delta
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from dare_adapters import compiled
 from dare_adapters.shared_library import load_library
 
-__all__ = ["available", "gather", "magprune", "untouched"]
+__all__ = ["add_to", "available", "can_fill", "gather", "magprune", "untouched"]
 
 
 @lru_cache(maxsize=1)
@@ -29,6 +30,10 @@ def _declare(library: Any) -> None:
     library.dare_magprune.restype = size
     library.dare_gather.argtypes = [place, place, size, size, ctypes.c_int, place, place]
     library.dare_gather.restype = ctypes.c_double
+    library.dare_add_to.argtypes = [
+        place, place, ctypes.c_int, place, size, size, ctypes.c_float, ctypes.c_float,
+    ]  # fmt: skip
+    library.dare_add_to.restype = None
     library.dare_untouched.argtypes = [size, place, size, size, place]
     library.dare_untouched.restype = None
 
@@ -77,20 +82,51 @@ def magprune(
 
 
 def gather(
-    index: torch.Tensor | None, values: torch.Tensor, offset: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Positions `offset` further on, values, and Σ|values|, one that comes twice counted once.
+    index: torch.Tensor | None,
+    values: torch.Tensor,
+    offset: int,
+    places: torch.Tensor,
+    kept: torch.Tensor,
+) -> float:
+    """Positions `offset` further on to `places`, values to `kept`.
 
     Args:
         index, values: as `Delta.read` returns them.
-        dtype: of the positions, int32 or int64.
+        places: int32 or int64, of their length; `kept` float32.
+
+    Returns:
+        Σ|values|, of which one that comes twice counts once.
     """
-    places, kept = torch.empty(len(values), dtype=dtype), torch.empty(len(values))
     total = _library().dare_gather(
         None if index is None else index.data_ptr(), values.data_ptr(), len(values), offset,
-        dtype == torch.int64, places.data_ptr(), kept.data_ptr(),
+        places.dtype == torch.int64, places.data_ptr(), kept.data_ptr(),
     )  # fmt: skip
-    return places, kept, float(total)
+    return float(total)
+
+
+def can_fill(out: torch.Tensor) -> bool:
+    """Whether :func:`add_to` reaches the memory of a tensor."""
+    return available() and compiled.can_use(out) and out.is_contiguous()
+
+
+def add_to(
+    total: torch.Tensor,
+    places: torch.Tensor,
+    values: torch.Tensor,
+    offset: int,
+    factor: float,
+    weight: float,
+) -> None:
+    """total[places - offset] += values * factor * weight; a repeated position counts once.
+
+    Args:
+        total: float32, contiguous.
+        places: int32 or int64, ascending.
+    """
+    _library().dare_add_to(
+        total.data_ptr(), places.data_ptr(), places.dtype == torch.int64, values.data_ptr(),
+        len(values), offset, factor, weight,
+    )  # fmt: skip
 
 
 def untouched(values: torch.Tensor) -> torch.Tensor:

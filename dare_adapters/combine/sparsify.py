@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dare_adapters.combine import loops
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.delta import Delta, NoChange
 from dare_adapters.errors import CombinationError
@@ -32,11 +31,9 @@ __all__ = [
     "drop_at_random",
     "keep_largest",
     "per_delta",
-    "rescaled_to_l1",
 ]
 
 Value = TypeVar("Value")
-_INT32_ENTRIES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -250,89 +247,3 @@ def drop_at_random(
         return NoChange(delta.shape)
     support = masks.support(number, delta, density)
     return _DroppedAtRandom(delta, support, density, 1 / density if rescale else 1.0)
-
-
-class _RescaledToL1(Delta):
-    """`pruned` times sum|delta| / sum|pruned|; survivors are kept until they are released."""
-
-    def __init__(self, pruned: Delta, delta: Delta) -> None:
-        super().__init__(delta.shape)
-        self.pruned, self.delta = pruned, delta
-        self._lock = threading.Lock()
-        self._survivors: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def entries_per_row(self) -> int:
-        return self.pruned.entries_per_row
-
-    @property
-    def row_cost(self) -> int:
-        return self.pruned.row_cost
-
-    @property
-    def support_key(self) -> object | None:
-        return self.pruned.support_key
-
-    @property
-    def survivors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat positions in the parameter, ascending, and rescaled values."""
-        with self._lock:
-            if self._survivors is None:
-                self._survivors = self._rescaled()
-            return self._survivors
-
-    def preparations(self) -> list[Callable[[], object]]:
-        return [*self.pruned.preparations(), lambda: self.survivors]
-
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        places, values = self.survivors
-        bounds = torch.tensor([start * self.columns, stop * self.columns], dtype=places.dtype)
-        first, last = torch.searchsorted(places, bounds).tolist()
-        index = places[first:last].to(torch.int64).sub_(start * self.columns)
-        return index, values[first:last].clone()
-
-    def release(self) -> None:
-        with self._lock:
-            self._survivors = None
-        self.pruned.release()
-
-    def _rescaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = kept = 0.0
-        small = self.rows * self.columns < _INT32_ENTRIES
-        dtype = torch.int32 if small else torch.int64
-        places, found = [torch.empty(0, dtype=dtype)], [torch.empty(0)]
-        for start, stop in self.pruned.row_ranges():
-            index, values = self.pruned.read(start, stop)
-            own, values, total = _gathered(index, values, start * self.columns, dtype)
-            kept += total
-            whole += self.delta.l1(start, stop)
-            places.append(own)
-            found.append(values)
-        factor = whole / kept if kept > 0 else 1.0
-        return torch.cat(places), torch.cat(found).mul_(factor)
-
-
-def _gathered(
-    index: torch.Tensor | None, values: torch.Tensor, offset: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Positions in the parameter, values, and Σ|values|."""
-    if loops.available():
-        return loops.gather(index, values.contiguous(), offset, dtype)
-    if index is None:
-        index = torch.arange(len(values))
-    total = _sum_once(index, values)
-    return index.add_(offset).to(dtype), values, total
-
-
-def _sum_once(index: torch.Tensor, values: torch.Tensor) -> float:
-    """Σ|values| of entries of which one that comes twice counts once."""
-    size = values.abs()
-    total = float(size.sum(dtype=torch.float64))
-    if len(index) > 1:
-        total -= float(size[1:][index[1:] == index[:-1]].sum(dtype=torch.float64))
-    return total
-
-
-def rescaled_to_l1(pruned: Delta, delta: Delta) -> Delta:
-    """Survivors scaled so that their magnitudes sum to what the delta's did (mergekit's rule)."""
-    return pruned if pruned is delta else _RescaledToL1(pruned, delta)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from dare_adapters.combine.consensus import disjoint_merge, one_of
 from dare_adapters.combine.registry import delta_method
+from dare_adapters.combine.rescale import rescaled_to_l1
 from dare_adapters.combine.select import Threshold
-from dare_adapters.combine.sparsify import densities, keep_largest, rescaled_to_l1
+from dare_adapters.combine.sparsify import densities, keep_largest
 from dare_adapters.combine.union import Elementwise
 from dare_adapters.delta import Delta
 

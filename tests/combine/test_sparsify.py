@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dare_adapters.combine.rescale import rescaled_to_l1
 from dare_adapters.combine.select import Threshold
 from dare_adapters.combine.sparsify import (
     RandomMasks,
@@ -17,7 +18,6 @@ from dare_adapters.combine.sparsify import (
     drop_at_random,
     keep_largest,
     per_delta,
-    rescaled_to_l1,
 )
 from dare_adapters.delta import Delta, DenseDelta, NoChange
 from dare_adapters.errors import CombinationError
