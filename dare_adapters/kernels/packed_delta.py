@@ -80,7 +80,8 @@ class PackedDelta:
                 sparse or dense, whichever is smaller.
             device: where to.
         """
-        layout, tensors = _pack(delta)
+        device = None if device is None else torch.device(device)
+        layout, tensors = _pack(delta, device)
         packed = cls(layout, tensors)
         return packed if device is None else packed.to(device)
 
@@ -153,10 +154,10 @@ class PackedDelta:
         return self.layout.matrix(self._tensors, index.to(torch.int64))
 
 
-def _pack(delta: Delta) -> tuple[Layout, Tensors]:
+def _pack(delta: Delta, device: torch.device | None) -> tuple[Layout, Tensors]:
     if isinstance(delta, SparseDelta):
         if isinstance(delta.support, BlockedSupport):
-            return pack_blocked(delta)
+            return pack_blocked(delta, device)
         return pack_sparse(delta)
     sparse = None if delta.entries_per_row >= delta.columns else pack_read(delta)
     return pack_dense(delta) if sparse is None else sparse

@@ -6,50 +6,26 @@ what else is left goes the portable way. Nothing is imported from Triton before 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
 from dare_adapters.compiled import DTYPES
 from dare_adapters.kernels.backends import register_backend
+from dare_adapters.kernels.gpu.available import can_compile, can_interpret
 from dare_adapters.kernels.layout import Layout
 from dare_adapters.kernels.packed_delta import PackedDelta
 from dare_adapters.kernels.portable import add_product as add_portable_product
 
 __all__ = ["add_product"]
 
-# Tensor cores with bfloat16, which the kernels are written for.
-OLDEST = (8, 0)
-
-
-@lru_cache(maxsize=8)
-def _can_compile(device: torch.device) -> bool:
-    if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
-
-
 def _compiles(x: torch.Tensor, y: torch.Tensor) -> bool:
-    known = x.dtype in DTYPES and y.dtype in DTYPES
-    return known and x.device.type == "cuda" and _can_compile(x.device)
+    return x.dtype in DTYPES and y.dtype in DTYPES and can_compile(x.device)
 
 
 def _interprets(x: torch.Tensor, y: torch.Tensor) -> bool:
     known = x.dtype in DTYPES and y.dtype in DTYPES
-    return known and x.device.type == "cpu" and _can_interpret()
-
-
-@lru_cache(maxsize=1)
-def _can_interpret() -> bool:
-    if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    from dare_adapters.kernels.gpu.launch import interpreted
-
-    return interpreted()
+    return known and x.device.type == "cpu" and can_interpret()
 
 
 @register_backend("triton-interpreted", serves=_interprets)
@@ -98,7 +74,7 @@ def add_product(
         rest[slot] = None
         if delta.rows and delta.layout.width:
             families.setdefault(kin(delta.layout), [None] * len(deltas))[slot] = delta
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+    with torch.cuda.device_of(x):
         for layout, own in families.items():
             way = choose_way(layout, x, live, transposed)
             add_same_layout(x, own, layout, token_slot, out, transposed, weights, way)

@@ -5,28 +5,17 @@ The outcome is that of `_rows.c`, bit for bit: sums in float32, rounded once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
-from dare_adapters.compiled import DTYPES, Where
+from dare_adapters.compiled import Where
 from dare_adapters.kernels.gpu.change_kernels import apply_blocked, draw_offsets, restore_blocked
 
-__all__ = ["apply_on_device", "available", "offsets_on_device", "restore_on_device"]
+__all__ = ["apply_on_device", "offsets_on_device", "restore_on_device"]
 
 THREADS = 128
 LANES = 16
-
-
-@lru_cache(maxsize=8)
-def available(device: torch.device) -> bool:
-    """Whether parameters of a device can be changed so."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def apply_on_device(
@@ -56,11 +45,12 @@ def apply_on_device(
     count, stride = stop - start, -(-slots // LANES)
     originals = torch.empty(count * slots, dtype=target.dtype, device=target.device)
     units = slots if bits >= 16 else -(-slots * bits // 8)
-    apply_blocked[_grid(count * stride)](
-        target, originals, values, target if scales is None else scales, *_halves(seed, key),
-        start, count * stride, stride, slots, columns, row_stride, units, weight, BLOCK=block,
-        BITS=bits, ALONE=slots % LANES == 1, THREADS=THREADS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(target):
+        apply_blocked[_grid(count * stride)](
+            target, originals, values, target if scales is None else scales, *_halves(seed, key),
+            start, count * stride, stride, slots, columns, row_stride, units, weight, BLOCK=block,
+            BITS=bits, ALONE=slots % LANES == 1, THREADS=THREADS, enable_fp_fusion=False,
+        )  # fmt: skip
     return originals
 
 
@@ -76,10 +66,11 @@ def restore_on_device(
     """Put back what :func:`apply_on_device` returned."""
     seed, key, columns, block = where
     count, stride = stop - start, -(-slots // LANES)
-    restore_blocked[_grid(count * stride)](
-        target, originals, *_halves(seed, key), start, count * stride, stride, slots, columns,
-        row_stride, BLOCK=block, THREADS=THREADS,
-    )  # fmt: skip
+    with torch.cuda.device_of(target):
+        restore_blocked[_grid(count * stride)](
+            target, originals, *_halves(seed, key), start, count * stride, stride, slots, columns,
+            row_stride, BLOCK=block, THREADS=THREADS,
+        )  # fmt: skip
 
 
 def offsets_on_device(where: Where, rows: int, offsets: torch.Tensor, padded_slots: int) -> None:
@@ -87,10 +78,12 @@ def offsets_on_device(where: Where, rows: int, offsets: torch.Tensor, padded_slo
     seed, key, columns, block = where
     slots = -(-columns // block)
     stride = -(-slots // LANES)
-    draw_offsets[_grid(rows * stride)](
-        offsets, *_halves(seed, key), rows * stride, stride, slots, padded_slots, columns,
-        BLOCK=block, OFFSET_BITS=4 if block <= 16 else 8 if block <= 256 else 16, THREADS=THREADS,
-    )  # fmt: skip
+    bits = 4 if block <= 16 else 8 if block <= 256 else 16
+    with torch.cuda.device_of(offsets):
+        draw_offsets[_grid(rows * stride)](
+            offsets, *_halves(seed, key), rows * stride, stride, slots, padded_slots, columns,
+            BLOCK=block, OFFSET_BITS=bits, THREADS=THREADS,
+        )  # fmt: skip
 
 
 def _grid(counters: int) -> tuple[int]:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from dare_adapters.kernels.blocked import GROUP, BlockedLayout
@@ -31,7 +30,7 @@ from dare_adapters.kernels.gpu.slot_table import slot_table
 from dare_adapters.kernels.layout import Layout
 from dare_adapters.kernels.packed_delta import PackedDelta
 
-__all__ = ["add_same_layout", "choose_way", "exact_in", "interpreted", "kin"]
+__all__ = ["add_same_layout", "choose_way", "exact_in", "kin"]
 
 # Tokens a delta, for each column of a block, up to which gathering is cheaper than expanding.
 GATHERED_PER_COLUMN = 2
@@ -50,13 +49,6 @@ _FLOATS = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
 }
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: theirs and Triton's own parts of them."""
-    return not isinstance(gather_blocked, triton.JITFunction) and not isinstance(
-        tl.sum, triton.JITFunction
-    )
 
 
 def exact_in(dtype: torch.dtype, layout: Layout) -> bool:
