@@ -360,6 +360,8 @@ class SparseDelta(Delta):
     def apply_compiled(
         self, target: MatrixView, weight: float, start: int, stop: int
     ) -> torch.Tensor | None:
+        if target.device.type != "cpu":
+            return self._apply_on_device(target, weight, start, stop)
         where = self._compiled_support(target)
         if where is None or self.bits >= 16:
             return None
@@ -381,13 +383,55 @@ class SparseDelta(Delta):
     def restore_compiled(
         self, target: MatrixView, originals: torch.Tensor, start: int, stop: int
     ) -> bool:
-        where = self._compiled_support(target)
-        if where is None or originals.dtype != target.dtype or originals.device != target.device:
+        if originals.dtype != target.dtype or originals.device != target.device:
+            return False
+        on_device = target.device.type != "cpu"
+        where = self._device_support(target) if on_device else self._compiled_support(target)
+        if where is None:
             return False
         storage, slots = target.storage[target.offset :], self.support.slots_per_row
-        compiled.restore_rows(where, storage, target.row_stride, originals, slots, start, stop)
+        if on_device:
+            from dare_adapters.kernels.gpu.change import restore_on_device
+
+            restore_on_device(where, storage, target.row_stride, originals, slots, start, stop)
+        else:
+            compiled.restore_rows(where, storage, target.row_stride, originals, slots, start, stop)
         target.mark_written()
         return True
+
+    def _apply_on_device(
+        self, target: MatrixView, weight: float, start: int, stop: int
+    ) -> torch.Tensor | None:
+        """:meth:`apply_compiled` where the parameter is; only what is stored goes there."""
+        where = self._device_support(target)
+        if where is None:
+            return None
+        from dare_adapters.kernels.gpu.change import apply_on_device
+
+        originals = apply_on_device(
+            where,
+            self.bits,
+            self.values.to(target.device, non_blocking=True),
+            None if self.scales is None else self._row_scales.to(target.device),
+            weight,
+            target.storage[target.offset :],
+            target.row_stride,
+            self.support.slots_per_row,
+            start,
+            stop,
+        )
+        target.mark_written()
+        return originals
+
+    def _device_support(self, target: MatrixView) -> compiled.Where | None:
+        from dare_adapters.kernels.gpu.available import can_compile
+
+        support = self.support
+        if not isinstance(support, BlockedSupport) or not support.repeatable:
+            return None
+        straight = target.positions is None and target.column_stride == 1
+        known = straight and target.dtype in compiled.DTYPES and can_compile(target.device)
+        return support.where if known else None
 
     def read_kept(
         self, support: Support, factor: float, start: int, stop: int

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 
 from dare_adapters.delta import STEP_ENTRIES, SparseDelta
+from dare_adapters.kernels.gpu.available import can_compile
 from dare_adapters.kernels.layout import Declared, Entries, Layout, Rows, Tensors, picked
 from dare_adapters.mask import BlockedSupport
 from dare_adapters.scales import load_scales
@@ -121,8 +122,14 @@ class BlockedLayout(Layout):
         return cls(shape, bits, dtype, *numbers)
 
 
-def pack_blocked(delta: SparseDelta) -> tuple[BlockedLayout, dict[str, torch.Tensor]]:
-    """A delta whose support is blocked; its offsets are drawn from the seed."""
+def pack_blocked(
+    delta: SparseDelta, device: torch.device | None = None
+) -> tuple[BlockedLayout, dict[str, torch.Tensor]]:
+    """A delta whose support is blocked; its offsets are drawn from the seed.
+
+    Args:
+        device: where they are drawn, if it can; the other tensors are then there as well.
+    """
     support = cast(BlockedSupport, delta.support)
     drawn = support.slots_per_row
     layout = BlockedLayout(
@@ -134,7 +141,14 @@ def pack_blocked(delta: SparseDelta) -> tuple[BlockedLayout, dict[str, torch.Ten
     tensors = {"values": torch.nn.functional.pad(stored, (0, shape[1] - stored.shape[1]))}
     if delta.scales is not None:
         tensors["scales"] = load_scales(delta.scales, delta.exponent)
-    if layout.offset_bits:
+    if layout.offset_bits and device is not None and can_compile(device):
+        from dare_adapters.kernels.gpu.change import offsets_on_device
+
+        shape, dtype = declared["offsets"]
+        tensors = {name: one.to(device) for name, one in tensors.items()}
+        tensors["offsets"] = torch.empty(shape, dtype=dtype, device=device)
+        offsets_on_device(support.where, layout.rows, tensors["offsets"], layout.slots)
+    elif layout.offset_bits:
         shape, dtype = declared["offsets"]
         offsets = torch.empty(shape, dtype=dtype)
         step = max(1, STEP_ENTRIES // max(drawn, 1))

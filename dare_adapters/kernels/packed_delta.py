@@ -8,6 +8,7 @@ else stays in the file's bits: at p = 0.9 and 4 bits 0.8 bits per parameter, a f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 
@@ -79,7 +80,8 @@ class PackedDelta:
                 sparse or dense, whichever is smaller.
             device: where to.
         """
-        layout, tensors = _pack(delta)
+        device = None if device is None else torch.device(device)
+        layout, tensors = _pack(delta, device)
         packed = cls(layout, tensors)
         return packed if device is None else packed.to(device)
 
@@ -91,6 +93,14 @@ class PackedDelta:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors, by name."""
         return dict(self._tensors)
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of the offsets or column index, values, scales, and row starts; 0 for none."""
+        where = "column_index" if "column_index" in self._tensors else "offsets"
+        found = [self._tensors.get(name) for name in (where, "values", "scales", "row_starts")]
+        first, second, third, fourth = (0 if one is None else one.data_ptr() for one in found)
+        return first, second, third, fourth
 
     def __repr__(self) -> str:
         return f"PackedDelta({self.layout}, nbytes={self.nbytes}, device='{self.device}')"
@@ -144,10 +154,10 @@ class PackedDelta:
         return self.layout.matrix(self._tensors, index.to(torch.int64))
 
 
-def _pack(delta: Delta) -> tuple[Layout, Tensors]:
+def _pack(delta: Delta, device: torch.device | None) -> tuple[Layout, Tensors]:
     if isinstance(delta, SparseDelta):
         if isinstance(delta.support, BlockedSupport):
-            return pack_blocked(delta)
+            return pack_blocked(delta, device)
         return pack_sparse(delta)
     sparse = None if delta.entries_per_row >= delta.columns else pack_read(delta)
     return pack_dense(delta) if sparse is None else sparse
