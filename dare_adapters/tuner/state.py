@@ -373,6 +373,27 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if key in names:
                 parameter.requires_grad_(requires_grad)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As diffusers sets an adapter's weight, after LoRA's layers: it must be 1 here.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if scale != 1:
+            raise ValueError(
+                f"adapter {adapter!r} at the weight {scale}: an adapter of method DARE acts at 1; "
+                "dare_adapters.combine, or add_weighted_adapter of a PeftModel, makes one of "
+                "another weight"
+            )
+
+    def scale_layer(self, scale: float) -> None:
+        """Likewise, of all active adapters."""
+        for adapter in self.active:
+            self.set_scale(adapter, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`, which has done nothing."""
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in self.adapter_layer_names:
             for key, parameter in getattr(self, name)._parameters.items():
