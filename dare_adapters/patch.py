@@ -105,6 +105,13 @@ class Patch:
         """Keep the changes as the model's own weights: nothing is left to restore."""
         self._done = []
 
+    def rows_before(self, owner: str) -> int | None:
+        """How many rows a parameter had that has grown; None: none were added to it."""
+        for item in self._done:
+            if item.change.target.owner == owner and item.resized is not None:
+                return item.resized.rows
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes held to restore the base."""

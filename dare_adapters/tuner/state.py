@@ -260,6 +260,42 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return made
         return torch.cat([made[:start], added, made[start + len(added) :]])
 
+    # --- a vocabulary that grows ----------------------------------------------------------------
+
+    def growing(self) -> list[str]:
+        """The parameters to which any adapter adds rows."""
+        found = [
+            one.placement.local
+            for stored in self.dare_stored.values()
+            for one in stored
+            if one.held.added_rows
+        ]
+        return list(dict.fromkeys(found))
+
+    def rows_before(self, local: str) -> int:
+        """How many rows a parameter has without any adapter."""
+        merged = self._patch.rows_before(local)
+        return len(tensor_of(self.owner, local)) if merged is None else merged
+
+    def rows_under(self, local: str, adapters: Sequence[str]) -> int:
+        """How many it has under adapters."""
+        layer, there = self.holder(local)
+        ends = [
+            one.held.shape[0] + one.held.added_rows
+            for adapter in adapters
+            for one in layer.dare_stored.get(adapter, ())
+            if one.placement.local == there and one.held.added_rows
+        ]
+        return max([layer.rows_before(there), *ends])
+
+    def rows_now(self, local: str) -> int:
+        """How many it has in the forward that is about to run."""
+        if self.disable_adapters:
+            return self.rows_before(local)
+        if self.merged_adapters:
+            return len(tensor_of(self.owner, local))
+        return self.rows_under(local, self.active if self.rows is None else self.rows)
+
     # --- merging ------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
