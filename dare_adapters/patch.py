@@ -105,6 +105,11 @@ class Patch:
         """Keep the changes as the model's own weights: nothing is left to restore."""
         self._done = []
 
+    @property
+    def owners(self) -> list[str]:
+        """The parameters that are changed."""
+        return list(dict.fromkeys(item.change.target.owner for item in self._done))
+
     def rows_before(self, owner: str) -> int | None:
         """How many rows a parameter had that has grown; None: none were added to it."""
         for item in self._done:

@@ -105,6 +105,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
                 layer = DareBystander(target, parent)
                 target.add_module(BYSTANDER, layer)
             layer.set_adapter(self.active_adapters, peft_config.inference_mode)
+        layer.found_at(self.model, current_key)
         self._fill(layer, peft_config, adapter_name, current_key)
 
     def _fill(self, layer: DareState, config: DareConfig, adapter_name: str, key: str) -> None:

@@ -17,6 +17,7 @@ from dare_adapters.live import LiveParameter, is_patchable
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.effective import add_deltas, add_trained
 from dare_adapters.tuner.exchange import tensor_of
+from dare_adapters.tuner.neighbours import MergedBeside, merged_beside, restore_beside
 from dare_adapters.tuner.stored import Placement, StoredParameter
 from dare_adapters.tuner.tensors import AdapterTensors
 
@@ -43,6 +44,10 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter: str | list[str] = []
         self._leaving: str | None = None
         self._patch = Patch()
+        self._beside: MergedBeside = []  # when it was applied
+        # The model and the path in it where the layer, or what is around it, is found. In a list,
+        # so that it is no child of this module.
+        self._place: tuple[list[nn.Module], str] = ([], "")
         # Own parameter -> (layer of another module, its parameter): one weight of two modules.
         # In a list, so that it is no child of this module.
         self._tied: dict[str, tuple[list[DareState], str]] = {}
@@ -318,7 +323,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         wanted = [*self.merged_adapters, *names]
         before = self._changes(self.merged_adapters)
-        self._patch.restore(self.owner)
+        self._restore()
         try:
             if safe_merge:
                 self._check_finite(wanted, names)
@@ -326,16 +331,37 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         except BaseException:
             self._patch.apply(self.owner, before)
             raise
+        finally:
+            self._beside = merged_beside(self, self._outermost())
         self.merged_adapters = wanted
 
     def unmerge(self) -> None:
-        """Put every bit of the base back."""
+        """Put every bit of the base back, whatever other methods have merged before or since."""
         if not self.merged_adapters:
             if self.dare_stored:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._patch.restore(self.owner)
+        self._restore()
         self.merged_adapters = []
+
+    def found_at(self, model: nn.Module, path: str) -> None:
+        """Remember where the layer is: adapters of other methods may be put around it there."""
+        self._place = ([model], path)
+
+    def _outermost(self) -> nn.Module | None:
+        model, path = self._place
+        try:
+            return model[0].get_submodule(path) if model else None
+        except AttributeError:  # it was taken out of the model
+            return None
+
+    def _restore(self) -> None:
+        if not self._patch:
+            return
+        owner, patch = self.owner, self._patch
+        now = merged_beside(self, self._outermost())
+        restore_beside(owner, patch.owners, lambda: patch.restore(owner), self._beside, now)
+        self._beside = []
 
     def forget_merged(self) -> None:
         """Make what is merged the base's own for good."""
