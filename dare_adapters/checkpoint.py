@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints, read lazily: single or sharded safetensors, `.bin` as weights only."""
+"""Hugging Face checkpoints, read lazily: single or sharded safetensors, `.bin` as weights only.
+
+Those of transformers, and those of single models of diffusers: a UNet, a transformer, a VAE.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ __all__ = ["Checkpoint", "ParameterInfo", "open_checkpoint", "read_json"]
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
+OF_DIFFUSERS = "diffusion_pytorch_model"
+# Pickles only where there is nothing else.
+_WEIGHTS = (SAFETENSORS, f"{OF_DIFFUSERS}.safetensors", PICKLED, f"{OF_DIFFUSERS}.bin")
+# Of several models, each in a folder of its own.
+_PIPELINE = "model_index.json"
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
 
@@ -112,7 +120,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def architectures(self) -> list[str]:
         """Class names from the config."""
         named = self.config.get("architectures")
-        return [str(name) for name in named] if isinstance(named, list) else []
+        if not isinstance(named, list):
+            named = [self.config["_class_name"]] if self.of_diffusers else []
+        return [str(name) for name in named]
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether it is a model of diffusers, which tells its class under another name."""
+        return "architectures" not in self.config and "_class_name" in self.config
+
+    @property
+    def weights_name(self) -> str:
+        """What its library calls a single file of weights."""
+        return f"{OF_DIFFUSERS}.safetensors" if self.of_diffusers else SAFETENSORS
 
     @property
     def tied(self) -> bool:
@@ -186,18 +206,19 @@ def _download(repo: str, revision: str | None, token: str | bool | None) -> Path
     small = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
     try:
         # Weights in the pickle format are fetched only where there are no others.
-        for single, weights in ((SAFETENSORS, "*.safetensors"), (PICKLED, "pytorch_model*.bin")):
+        pickles = ["pytorch_model*.bin", f"{OF_DIFFUSERS}*.bin"]
+        for singles, weights in ((_WEIGHTS[:2], ["*.safetensors"]), (_WEIGHTS[2:], pickles)):
             found = Path(
                 snapshot_download(
                     repo,
                     revision=revision,
                     token=token,
-                    allow_patterns=[weights, *small],
-                    # "consolidated": the same weights once more, under other names.
-                    ignore_patterns=["*/*", "consolidated*"],
+                    allow_patterns=[*weights, *small],
+                    # The same weights once more: under other names, or in float16.
+                    ignore_patterns=["*/*", "consolidated*", f"{OF_DIFFUSERS}.*.*"],
                 )
             )
-            if (found / single).is_file() or (found / f"{single}.index.json").is_file():
+            if any(_has(found, single) for single in singles) or (found / _PIPELINE).is_file():
                 return found
     except Exception as error:  # of the hub's client, its HTTP library, or the disk
         raise CheckpointError(
@@ -208,15 +229,24 @@ def _download(repo: str, revision: str | None, token: str | bool | None) -> Path
 
 def _list_shards(path: Path) -> dict[str, list[str] | None]:
     """File name -> the tensors that the index puts in it (None: all that it has)."""
-    for single in (SAFETENSORS, PICKLED):
+    for single in _WEIGHTS:
         if (path / single).is_file():
             return {single: None}
         index = path / f"{single}.index.json"
         if index.is_file():
             return _read_index(path, index)
+    if (path / _PIPELINE).is_file():
+        raise CheckpointError(
+            f"{path} is a pipeline of several models: download it, and take the folder of each "
+            "that was fine-tuned (unet, transformer, text_encoder, …) by itself"
+        )
     raise CheckpointError(
-        f"{path}: no weights; expected {SAFETENSORS}, {PICKLED}, or one of them with .index.json"
+        f"{path}: no weights; expected {', '.join(_WEIGHTS)}, or one of them with .index.json"
     )
+
+
+def _has(path: Path, single: str) -> bool:
+    return (path / single).is_file() or (path / f"{single}.index.json").is_file()
 
 
 def _read_index(path: Path, index: Path) -> dict[str, list[str] | None]:

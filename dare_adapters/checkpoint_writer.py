@@ -126,22 +126,31 @@ def write_checkpoint(
     shards: Sequence[Sequence[OutputTensor]],
     pool: ThreadPoolExecutor,
     bar: tqdm[None],
+    file: str = SAFETENSORS,
 ) -> None:
-    """Write shards and, where there are several, their index."""
+    """Write shards and, where there are several, their index.
+
+    Args:
+        directory: where.
+        shards: the tensors of each file.
+        pool: makes their parts.
+        bar: is told of every byte.
+        file: the name that a single file has.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, 1):
-        name = SAFETENSORS
+        name = file
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{Path(file).stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        with StreamedFile(directory / name, nbytes) as file:
-            _write_shard(file, tensors, pool, bar)
+        with StreamedFile(directory / name, nbytes) as out:
+            _write_shard(out, tensors, pool, bar)
         weight_map.update((tensor.name, name) for tensor in tensors)
         total += nbytes
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{file}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(

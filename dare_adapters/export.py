@@ -81,7 +81,8 @@ def export(
             total=checkpoint.nbytes, unit="B", unit_scale=True, desc="export", disable=not progress
         )
         with bar, worker_pool(workers) as pool:
-            write_checkpoint(directory, _shards(checkpoint, adapter, names, weight), pool, bar)
+            shards = _shards(checkpoint, adapter, names, weight)
+            write_checkpoint(directory, shards, pool, bar, checkpoint.weights_name)
         _write_companions(directory, checkpoint, adapter)
     return Path(out)
 
@@ -217,6 +218,7 @@ def _write_companions(directory: Path, base: Checkpoint, adapter: Adapter) -> No
     config = read_json(config_file, AdapterFormatError) if stored else dict(base.config)
     if not config:
         return
-    config["dtype"] = str(_main_dtype(base)).removeprefix("torch.")
-    config.pop("torch_dtype", None)
+    if not base.of_diffusers:
+        config["dtype"] = str(_main_dtype(base)).removeprefix("torch.")
+        config.pop("torch_dtype", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -7,7 +7,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from dare_adapters.store import save_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["install"]
+__all__ = ["install", "without_dare_adapters"]
 
 _STATE = "_dare_live_adapters"
 # The state of the model around it, in a model that is a part of another.
@@ -318,6 +318,14 @@ def _lock(model: nn.Module) -> WeightsLock:
 def _active(model: nn.Module) -> LiveAdapters | None:
     state: LiveAdapters | None = model.__dict__.get(_STATE)
     return state if state is not None and state.active else None
+
+
+@contextmanager
+def without_dare_adapters(model: nn.Module) -> Iterator[None]:
+    """The model's own weights inside the block, with all that is active back after it."""
+    state = _active(model)
+    with nullcontext() if state is None else state.suspended(model):  # type: ignore[arg-type]
+        yield
 
 
 def _warn_of_patched_state(model: nn.Module, *_: Any) -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "LiveParameter",
     "Owners",
     "check_patchable",
+    "find_module",
+    "find_tensor",
     "is_patchable",
     "locate",
     "locate_all",
@@ -57,7 +59,7 @@ class LiveParameter:
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
         """The owner, as it is now: `.to()` may have replaced it."""
-        return _find(model, self.owner)
+        return find_tensor(model, self.owner)
 
     @property
     def whole(self) -> bool:
@@ -292,17 +294,37 @@ def _locate_by_position(
     return found
 
 
-def _find(model: nn.Module, name: str) -> torch.Tensor:
-    *path, leaf = name.split(".")
-    module = model
-    for part in path:
-        # Past Module.__getattr__, which is slow; some modules have attributes of their own.
-        module = module._modules.get(part) or getattr(module, part)
+def find_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter by its name, though adapter layers have come or gone around its module since.
+
+    Args:
+        model: that has it.
+        name: from when it was located.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = find_module(model, path)
+    while leaf not in module._parameters and "base_layer" in module._modules:
+        module = module._modules["base_layer"]  # type: ignore[assignment]
     tensor = module._parameters.get(leaf)
     if tensor is None:
         tensor = getattr(module, leaf)
     assert isinstance(tensor, torch.Tensor)
     return tensor
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Likewise a module; "" is the model."""
+    module = model
+    for part in path.split(".") if path else ():
+        # Past Module.__getattr__, which is slow; some modules have attributes of their own.
+        child = module._modules.get(part)
+        while child is None and "base_layer" in module._modules:
+            module = module._modules["base_layer"]  # type: ignore[assignment]
+            child = module._modules.get(part)
+        if child is None and part == "base_layer":
+            continue  # the layer around it is gone
+        module = getattr(module, part) if child is None else child
+    return module
 
 
 def check_patchable(name: str, tensor: torch.Tensor) -> None:

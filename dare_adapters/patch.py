@@ -106,6 +106,18 @@ class Patch:
         self._done = []
 
     @property
+    def owners(self) -> list[str]:
+        """The parameters that are changed."""
+        return list(dict.fromkeys(item.change.target.owner for item in self._done))
+
+    def rows_before(self, owner: str) -> int | None:
+        """How many rows a parameter had that has grown; None: none were added to it."""
+        for item in self._done:
+            if item.change.target.owner == owner and item.resized is not None:
+                return item.resized.rows
+        return None
+
+    @property
     def nbytes(self) -> int:
         """Bytes held to restore the base."""
         total = 0

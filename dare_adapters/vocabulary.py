@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dare_adapters.live import find_module, find_tensor
+
 __all__ = ["Resized", "grow_rows", "shrink_rows"]
 
 _SIZES = ("num_embeddings", "out_features")
@@ -38,7 +40,7 @@ def grow_rows(model: nn.Module, owner: str, first: int, added: torch.Tensor) -> 
 
     The parameter object stays, so that ties and references to it hold.
     """
-    parameter = _find(model, owner)
+    parameter = find_tensor(model, owner)
     rows, last = len(parameter), first + len(added)
     # Detached, not `.data`: autograd must see that the values changed.
     values = parameter.detach()
@@ -59,22 +61,16 @@ def grow_rows(model: nn.Module, owner: str, first: int, added: torch.Tensor) -> 
 
 def shrink_rows(model: nn.Module, resized: Resized) -> None:
     """Undo :func:`grow_rows`."""
-    parameter = _find(model, resized.owner)
+    parameter = find_tensor(model, resized.owner)
     grown = len(parameter)
     if grown > resized.rows:
         parameter.data = parameter.data[: resized.rows].clone()
     old = resized.overwritten
     parameter.detach()[resized.first : resized.first + len(old)] = old
     for module, attribute, value in resized.attributes:
-        setattr(model.get_submodule(module), attribute, value)
+        setattr(find_module(model, module), attribute, value)
     if resized.vocab_size:
         _tell_configs(model, grown, resized.rows)
-
-
-def _find(model: nn.Module, owner: str) -> torch.Tensor:
-    path, _, leaf = owner.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return tensor
 
 
 def _tell_modules(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
         elif not of_peft.get("auto_mapping") and self.base_architectures:
             self.auto_mapping = {
                 "base_model_class": self.base_architectures[0],
-                "parent_library": "transformers",
+                "parent_library": _library_of(self.base_architectures[0]),
             }
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -252,6 +254,15 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"bits is {self.bits!r}; there are {listed}, or None for no rounding")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number of 64 bits")
+
+
+def _library_of(architecture: str) -> str:
+    """Where PEFT's automatic classes shall look for the base's class."""
+    if architecture not in dir(importlib.import_module("transformers")):
+        with suppress(ImportError):
+            if architecture in dir(importlib.import_module("diffusers")):
+                return "diffusers"
+    return "transformers"
 
 
 def _plain(value: Any) -> Any:

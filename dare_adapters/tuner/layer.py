@@ -111,6 +111,8 @@ class DareLayer(DareState):
             return found
         if name not in self.changed_by(self.rows or self.active):
             return found
+        if self.rows is None and found.dim() and (rows := self.rows_now(name)) != len(found):
+            found = found.detach()[:1].expand(rows, *found.shape[1:])  # of the shape that it has
         return lazy_weight(found, lambda: self._seen_value(name))
 
     def _seen_value(self, name: str) -> torch.Tensor:

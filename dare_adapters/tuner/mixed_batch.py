@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner.layer import DareBystander, DareLayer
+from dare_adapters.tuner.mixed_vocabulary import forward_known_words, widened, words_checked
 from dare_adapters.tuner.side_path import can_add, forward_with_deltas
 from dare_adapters.tuner.state import DareState
 
@@ -59,7 +60,8 @@ def mixed_batch(
     try:
         for owner, name, forward in owners:
             owner.__dict__[name] = forward
-        yield
+        with words_checked(model.model, [_adapters(name) for name in names], args, kwargs):
+            yield
     finally:
         for owner, name, _ in owners:
             owner.__dict__.pop(name, None)
@@ -117,7 +119,7 @@ def _by_adapter(
 ) -> Any:
     def run(name: str, index: torch.Tensor) -> Any:
         own_args, own_kwargs = _taken((args, kwargs), index, count)
-        return layer.forward_with([] if name == BASE else [name], own_args, own_kwargs)
+        return forward_known_words(layer, _adapters(name), own_args, own_kwargs)
 
     return _joined(rows, per_row, run)
 
@@ -138,6 +140,7 @@ def _joined(rows: Sequence[str], per_row: int, run: Any) -> Any:
 def _gathered(outputs: list[Any], counts: list[int], order: torch.Tensor) -> Any:
     first = outputs[0]
     if isinstance(first, torch.Tensor):
+        outputs = widened(outputs)
         if not all(len(one) == count for one, count in zip(outputs, counts, strict=True)):
             raise UnsupportedParameterError(
                 f"an output of shape {list(first.shape)} cannot be put together from rows of "
@@ -163,6 +166,10 @@ def _taken(values: Any, index: torch.Tensor, count: int) -> Any:
         return value
 
     return tree_map(take, values)
+
+
+def _adapters(name: str) -> list[str]:
+    return [] if name == BASE else [name]
 
 
 def _slots(rows: Sequence[str], present: Sequence[str], per_row: int) -> torch.Tensor:
@@ -217,7 +224,7 @@ def _forward_by_rows(owner: nn.Module, layer: DareBystander, is_root: bool) -> A
         def run(name: str, index: torch.Tensor) -> Any:
             own_args, own_kwargs = _taken((args, kwargs), index, count)
             with _all_rows(owner, name, len(index) * len(rows) // count):
-                layer.exchange_for([] if name == BASE else [name])
+                layer.exchange_for(_adapters(name))
                 return plain(*own_args, **own_kwargs)
 
         return _joined(rows, count // len(rows), run)

@@ -20,7 +20,9 @@ from torch import nn
 from dare_adapters.tuner.config import DareConfig
 from dare_adapters.tuner.layer import DareBystander
 from dare_adapters.tuner.model import DareModel
+from dare_adapters.tuner.names import base_model
 from dare_adapters.tuner.state import DareState
+from dare_adapters.tuner.vocabulary_size import VocabularySize
 
 __all__ = ["allow_in_mixed_models"]
 
@@ -74,6 +76,8 @@ def _unloading(plain: Any) -> Any:
     ) -> Any:
         for module in [one for one in self.model.modules() if isinstance(one, DareBystander)]:
             module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        return plain(self, merge, progressbar, safe_merge, adapter_names)
+        unloaded = plain(self, merge, progressbar, safe_merge, adapter_names)
+        VocabularySize.settle(base_model(unloaded))
+        return unloaded
 
     return unload

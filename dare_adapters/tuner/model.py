@@ -26,6 +26,7 @@ from dare_adapters.tuner.mixed_batch import mixed_batch
 from dare_adapters.tuner.names import base_model
 from dare_adapters.tuner.plan import Plan, plan_adapter
 from dare_adapters.tuner.state import DareState
+from dare_adapters.tuner.vocabulary_size import VocabularySize
 
 __all__ = ["DareModel"]
 
@@ -68,6 +69,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         config.target_modules = _own_targets(config.target_modules, model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._tie()
+        VocabularySize.follow(base_model(model))
         loading.remember_conversions(base_model(model))
         config.note_injection(model)
 
@@ -103,6 +105,7 @@ class DareModel(BaseTuner):  # type: ignore[misc]
                 layer = DareBystander(target, parent)
                 target.add_module(BYSTANDER, layer)
             layer.set_adapter(self.active_adapters, peft_config.inference_mode)
+        layer.found_at(self.model, current_key)
         self._fill(layer, peft_config, adapter_name, current_key)
 
     def _fill(self, layer: DareState, config: DareConfig, adapter_name: str, key: str) -> None:
@@ -195,6 +198,11 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         names = kwargs.pop("adapter_names", None)
         with nullcontext() if names is None else mixed_batch(self, names, args, kwargs):
             yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        VocabularySize.settle(base_model(unloaded))
+        return unloaded
 
     def _check_merge_allowed(self) -> None:
         """Any: tied weights are changed once, where they are."""

@@ -18,6 +18,7 @@ from torch import nn
 from dare_adapters.config import KEY_PREFIX, WEIGHTS_NAME, AdapterConfig, ParameterEntry, tensor_key
 from dare_adapters.delta import SparseDelta
 from dare_adapters.encode import encode_seeded
+from dare_adapters.hf import without_dare_adapters
 from dare_adapters.live import is_patchable, locate_all
 from dare_adapters.tensor_file import DTYPE_NAMES, TensorFileWriter, file_sha256
 from dare_adapters.tuner.loading import HeldTensor, held_tensors
@@ -227,7 +228,9 @@ def _describe(
         return replace(read, parameters=entries, bits=bits, method=_method(read, entries))
     base = base_model(model)
     architectures = getattr(getattr(base, "config", None), "architectures", None)
-    count = sum(owner.tensor.numel() for owner in own_tensors(base).values())
+    with without_dare_adapters(base):  # those of `load_dare_adapter`
+        count = sum(owner.tensor.numel() for owner in own_tensors(base).values())
+        witness = _witness(base)
     return AdapterConfig(
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -242,7 +245,7 @@ def _describe(
         seed=config.seed or 0,
         rescale=False,
         parameters=entries,
-        witness=_witness(base),
+        witness=witness,
         base_parameter_count=count,
         library_versions=library_versions(),
     )

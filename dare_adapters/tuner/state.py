@@ -17,6 +17,7 @@ from dare_adapters.live import LiveParameter, is_patchable
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.effective import add_deltas, add_trained
 from dare_adapters.tuner.exchange import tensor_of
+from dare_adapters.tuner.neighbours import MergedBeside, merged_beside, restore_beside
 from dare_adapters.tuner.stored import Placement, StoredParameter
 from dare_adapters.tuner.tensors import AdapterTensors
 
@@ -43,6 +44,10 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._active_adapter: str | list[str] = []
         self._leaving: str | None = None
         self._patch = Patch()
+        self._beside: MergedBeside = []  # when it was applied
+        # The model and the path in it where the layer, or what is around it, is found. In a list,
+        # so that it is no child of this module.
+        self._place: tuple[list[nn.Module], str] = ([], "")
         # Own parameter -> (layer of another module, its parameter): one weight of two modules.
         # In a list, so that it is no child of this module.
         self._tied: dict[str, tuple[list[DareState], str]] = {}
@@ -260,6 +265,42 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return made
         return torch.cat([made[:start], added, made[start + len(added) :]])
 
+    # --- a vocabulary that grows ----------------------------------------------------------------
+
+    def growing(self) -> list[str]:
+        """The parameters to which any adapter adds rows."""
+        found = [
+            one.placement.local
+            for stored in self.dare_stored.values()
+            for one in stored
+            if one.held.added_rows
+        ]
+        return list(dict.fromkeys(found))
+
+    def rows_before(self, local: str) -> int:
+        """How many rows a parameter has without any adapter."""
+        merged = self._patch.rows_before(local)
+        return len(tensor_of(self.owner, local)) if merged is None else merged
+
+    def rows_under(self, local: str, adapters: Sequence[str]) -> int:
+        """How many it has under adapters."""
+        layer, there = self.holder(local)
+        ends = [
+            one.held.shape[0] + one.held.added_rows
+            for adapter in adapters
+            for one in layer.dare_stored.get(adapter, ())
+            if one.placement.local == there and one.held.added_rows
+        ]
+        return max([layer.rows_before(there), *ends])
+
+    def rows_now(self, local: str) -> int:
+        """How many it has in the forward that is about to run."""
+        if self.disable_adapters:
+            return self.rows_before(local)
+        if self.merged_adapters:
+            return len(tensor_of(self.owner, local))
+        return self.rows_under(local, self.active if self.rows is None else self.rows)
+
     # --- merging ------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -282,7 +323,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         wanted = [*self.merged_adapters, *names]
         before = self._changes(self.merged_adapters)
-        self._patch.restore(self.owner)
+        self._restore()
         try:
             if safe_merge:
                 self._check_finite(wanted, names)
@@ -290,16 +331,37 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         except BaseException:
             self._patch.apply(self.owner, before)
             raise
+        finally:
+            self._beside = merged_beside(self, self._outermost())
         self.merged_adapters = wanted
 
     def unmerge(self) -> None:
-        """Put every bit of the base back."""
+        """Put every bit of the base back, whatever other methods have merged before or since."""
         if not self.merged_adapters:
             if self.dare_stored:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._patch.restore(self.owner)
+        self._restore()
         self.merged_adapters = []
+
+    def found_at(self, model: nn.Module, path: str) -> None:
+        """Remember where the layer is: adapters of other methods may be put around it there."""
+        self._place = ([model], path)
+
+    def _outermost(self) -> nn.Module | None:
+        model, path = self._place
+        try:
+            return model[0].get_submodule(path) if model else None
+        except AttributeError:  # it was taken out of the model
+            return None
+
+    def _restore(self) -> None:
+        if not self._patch:
+            return
+        owner, patch = self.owner, self._patch
+        now = merged_beside(self, self._outermost())
+        restore_beside(owner, patch.owners, lambda: patch.restore(owner), self._beside, now)
+        self._beside = []
 
     def forget_merged(self) -> None:
         """Make what is merged the base's own for good."""
@@ -372,6 +434,27 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for key, parameter in self._trained():
             if key in names:
                 parameter.requires_grad_(requires_grad)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """As diffusers sets an adapter's weight, after LoRA's layers: it must be 1 here.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if scale != 1:
+            raise ValueError(
+                f"adapter {adapter!r} at the weight {scale}: an adapter of method DARE acts at 1; "
+                "dare_adapters.combine, or add_weighted_adapter of a PeftModel, makes one of "
+                "another weight"
+            )
+
+    def scale_layer(self, scale: float) -> None:
+        """Likewise, of all active adapters."""
+        for adapter in self.active:
+            self.set_scale(adapter, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`, which has done nothing."""
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in self.adapter_layer_names:

@@ -14,6 +14,7 @@ from dare_adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     CombinationError,
+    PatchedStateWarning,
 )
 from dare_adapters.tuner import allow_in_mixed_models
 from tests.conftest import Pack, PackMaker, all_bytes
@@ -215,3 +216,42 @@ def test_load_dare_adapter_works_beside_a_peft_adapter(pack: Pack) -> None:
     model = with_lora(pack.live())
     model.load_dare_adapter(pack.adapters["b"])
     assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["patched first", "layers first"])
+def test_a_patch_comes_off_whatever_layers_came_and_went_around_it(pack: Pack, order: str) -> None:
+    model = pack.live()
+    before = all_bytes(model)
+    if order == "patched first":
+        model.load_dare_adapter(pack.adapters["a"])
+    tuned = get_peft_model(model, DareConfig(drop_rate=0.5, init_weights=False, seed=1))
+    if order == "layers first":
+        model.load_dare_adapter(pack.adapters["a"])
+    model.disable_dare_adapters()
+    assert {name.replace(".base_layer", ""): one for name, one in all_bytes(model).items()
+            if ".dare_" not in name} == before  # fmt: skip
+    model.set_dare_adapter(model.dare_adapters[0])
+    tuned.unload()
+    model.disable_dare_adapters()
+    assert all_bytes(model) == before
+
+
+@pytest.mark.parametrize("order", ["patched first", "layers first"])
+def test_an_adapter_that_trains_beside_a_patch_is_one_of_the_base(
+    pack: Pack, order: str, tmp_path: Path
+) -> None:
+    model = pack.live()
+    if order == "patched first":
+        model.load_dare_adapter(pack.adapters["a"], "patch")
+    tuned = get_peft_model(model, DareConfig(drop_rate=0.5, init_weights=False, seed=1))
+    if order == "layers first":
+        model.load_dare_adapter(pack.adapters["a"], "patch")
+    answers = logits(tuned, INPUTS)
+    with pytest.warns(PatchedStateWarning):  # PEFT takes the whole state dict, and picks
+        tuned.save_pretrained(tmp_path)
+    assert torch.equal(logits(tuned, INPUTS), answers), "the patch is back"
+    again = pack.live()  # which is compared with what the adapter says of its base
+    again.load_dare_adapter(tmp_path, "trained")
+    again.load_dare_adapter(pack.adapters["a"], "patch")
+    again.set_dare_adapter(["patch", "trained"])
+    assert torch.allclose(logits(again, INPUTS), answers, atol=1e-5)
