@@ -26,6 +26,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+Packs = Callable[[str], Pack]
+
 MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], torch.dtype]] = {
     "llama": (LlamaForCausalLM, llama, torch.float32),
     # Loaded as float32: the sums are rounded to the checkpoint's dtype.
@@ -36,7 +38,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], torch.dtype]] 
 
 
 @pytest.fixture(scope="session")
-def packs(make_pack: PackMaker) -> Callable[[str], Pack]:
+def packs(make_pack: PackMaker) -> Packs:
     """A base and three adapters of fine-tunes that changed every parameter, by kind of model."""
 
     def pack(name: str) -> Pack:
@@ -46,12 +48,6 @@ def packs(make_pack: PackMaker) -> Callable[[str], Pack]:
         )
 
     return pack
-
-
-@pytest.fixture(params=list(MODELS), scope="session")
-def pack(request: pytest.FixtureRequest, packs: Callable[[str], Pack]) -> Pack:
-    """Each kind of model in turn."""
-    return packs(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -73,18 +69,6 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
     yield start
     for engine in running.values():
         engine.close()
-
-
-@pytest.fixture
-def engine(pack: Pack, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    """An engine of the pack's base, whose weights both routes of a swap can reach."""
-    found = start_engine(
-        pack.base, load_format="dare", model_loader_extra_config={"plain_weights": True}
-    )
-    yield found
-    from dare_vllm import set_mixture
-
-    set_mixture(found.llm, [])
 
 
 def merged(pack: Pack, parts: dict[str, float], **how: Any) -> PreTrainedModel:
