@@ -45,4 +45,8 @@ HOOKS = (
     ),
     Hook("vllm.v1.engine.async_llm:AsyncLLM.pause_generation", ("self", "mode", "clear_cache")),
     Hook("vllm.v1.engine.async_llm:AsyncLLM.resume_generation", ("self",)),
+    Hook(
+        "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache",
+        ("self", "reset_running_requests", "reset_connector"),
+    ),
 )
