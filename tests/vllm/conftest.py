@@ -85,3 +85,18 @@ def merged(pack: Pack, parts: dict[str, float], **how: Any) -> PreTrainedModel:
 def exported(pack: Pack, name: str, out: Path) -> Path:
     """The full checkpoint of base and one adapter."""
     return dare_adapters.export(pack.base, pack.adapters[name], out, progress=False)
+
+
+def save_lora(pack: Pack, out: Path) -> Path:
+    """A LoRA of two kinds of layers of the pack's base, as PEFT saves it."""
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(3)
+    model = peft.get_peft_model(pack.live(torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(out)
+    return out

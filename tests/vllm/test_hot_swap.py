@@ -19,7 +19,7 @@ from dare_adapters.errors import (
     UnsupportedParameterError,
 )
 from tests.conftest import Pack, raw_bytes
-from tests.vllm.conftest import MODELS, Packs, merged
+from tests.vllm.conftest import MODELS, Packs, merged, save_lora
 from tests.vllm.engines import Engine, assert_says_the_same
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
@@ -97,6 +97,51 @@ def test_every_route_makes_the_same_bits_and_the_base_comes_back(
             set_mixture(engine.llm, [], route=route)
         assert differing(engine.weights(), engine.at_start) == set()
     assert differing(found[0], engine.at_start) == set(found[0])  # the adapters change all
+
+
+def test_a_lora_takes_part_in_a_mixture(swappable: Swappable, tmp_path: Path) -> None:
+    pack, engine = swappable("llama")
+    lora = save_lora(pack, tmp_path / "lora")
+    expected = pack.live()
+    expected.load_dare_adapter(pack.adapters["b"], adapter_name="b", activate=False)
+    expected.load_dare_adapter(lora, adapter_name="lora", activate=False)
+    expected.set_dare_adapter({"b": 0.5, "lora": 1.0})
+    for route in ROUTES["llama"]:
+        parts = [{"path": str(pack.adapters["b"]), "weight": 0.5}, str(lora)]
+        set_mixture(engine.llm, parts, route=route)
+        assert_says_the_same(engine.greedy(), expected)
+        set_mixture(engine.llm, [], route=route)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_engine_that_serves_loras_is_swapped_beneath_them(
+    plain: bool, packs: Packs, start_engine: Starter, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    pack = packs("llama")
+    engine = start_engine(
+        pack.base,
+        load_format="dare",
+        model_loader_extra_config={"plain_weights": plain},
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=8,
+    )
+    lora = save_lora(pack, tmp_path / "lora")
+    request = LoRARequest("lora", 1, str(lora))
+    alone, beneath = pack.live(), pack.live()
+    alone.load_dare_adapter(lora)
+    beneath.load_dare_adapter(pack.adapters["a"], adapter_name="a", activate=False)
+    beneath.load_dare_adapter(lora, adapter_name="lora", activate=False)
+    beneath.set_dare_adapter(["a", "lora"])
+    for route in ("reload", "sparse") if plain else ("reload",):
+        set_mixture(engine.llm, [str(pack.adapters["a"])], route=route)
+        assert_says_the_same(engine.greedy(), merged(pack, {"a": 1.0}))
+        assert_says_the_same(engine.greedy(lora_request=request), beneath)
+        set_mixture(engine.llm, [], route=route)
+        assert_says_the_same(engine.greedy(lora_request=request), alone)
+        assert_says_the_same(engine.greedy(), pack.live())
 
 
 def test_experts_packed_for_the_cpu_are_not_written_singly(swappable: Swappable) -> None:

@@ -27,12 +27,11 @@ from dare_adapters.errors import (
     UnsupportedParameterError,
 )
 from dare_adapters.parallel import worker_pool
-from dare_vllm.at_load import LOAD_FORMAT
 from dare_vllm.at_load.loader import DareModelLoader
 from dare_vllm.hot_swap.layout import check_layout, pack_again, reload_obstacle, sparse_obstacle
 from dare_vllm.hot_swap.patches import make_patches
 from dare_vllm.merged_weights import MergedWeights
-from dare_vllm.mixture import Mixture
+from dare_vllm.mixture import LOAD_FORMAT, Mixture, loaded_mixture
 
 __all__ = ["ROUTES", "SwapWorker", "answer"]
 
@@ -260,9 +259,7 @@ class SwapWorker:
 
     @property
     def _mixture(self) -> Mixture:
-        if self._load_config.load_format != LOAD_FORMAT:
-            return Mixture()
-        return Mixture.split(self._load_config.model_loader_extra_config or {})[0]
+        return loaded_mixture(self._load_config)
 
     @property
     def _load_config(self) -> Any:
