@@ -16,7 +16,7 @@ import requests
 
 __all__ = ["Server"]
 
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 class Server:
