@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dare_adapters.errors import DareError
+from dare_eval.glue.cli import app as glue
 
 __all__ = ["app", "main"]
 
@@ -31,6 +32,7 @@ def _root() -> None:
     """Every run writes a record for each cell, and goes on where it stopped."""
 
 
+app.add_typer(glue, name="glue")
 if importlib.util.find_spec("dare_eval.lm") is not None:
     app.add_typer(
         importlib.import_module("dare_eval.lm.cli").app, name="lm", help="Decoder experiments."
