@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -30,6 +32,32 @@ app = typer.Typer(
 @app.callback()
 def _root() -> None:
     """Every run writes a record for each cell, and goes on where it stopped."""
+
+
+@app.command(name="delta-stats")
+def delta_stats(
+    base: Annotated[str, typer.Argument(help="Base model: directory or hub id.")],
+    finetuned: Annotated[list[str], typer.Argument(help="Full fine-tunes of it.")],
+    records: Annotated[Path, typer.Option(help="Directory of records.")] = Path("records"),
+) -> None:
+    """Measure how far fine-tunes moved from their base, and whether DARE applies to them."""
+    from dare_eval.delta_stats import run_delta_stats
+    from dare_eval.records import Records
+
+    run_delta_stats(base, finetuned, Records(records))
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="Directory of records.")],
+    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("report"),
+) -> None:
+    """Make tables (Markdown, LaTeX, CSV) and figures (PNG, PDF) of records."""
+    from dare_eval.records import Records
+    from dare_eval.report.write import write_reports
+
+    for path in write_reports(Records(records), out):
+        typer.echo(path)
 
 
 app.add_typer(glue, name="glue")

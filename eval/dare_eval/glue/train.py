@@ -98,9 +98,9 @@ class SharedEncoder(nn.Module):
             inputs: tokens, (rows, length).
         """
         losses = []
-        for place in tasks.unique().tolist():
+        for place in sorted(set(tasks.tolist())):
             own = tasks == place
-            model = self.classifiers[self.names[place]]
+            model: Any = self.classifiers[self.names[place]]
             target = labels[own] if model.config.num_labels == 1 else labels[own].long()
             part = {name: tensor[own] for name, tensor in inputs.items()}
             losses.append(model(**part, labels=target).loss * own.sum())
@@ -159,7 +159,8 @@ def train(
     shared.to("cpu")
     for task in tasks:
         with complete_directory(out / task.name, overwrite) as directory:
-            shared.classifiers[task.name].save_pretrained(directory)
+            model: Any = shared.classifiers[task.name]
+            model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             about = {"base": base, "tasks": [t.name for t in tasks], **asdict(settings), **found}
             text = json.dumps(about, indent=1) + "\n"
