@@ -138,7 +138,8 @@ def find_finetuned(given: list[str]) -> dict[Task, str]:
             if task in found:
                 raise ValueError(f"{task.name} has two fine-tunes: {found[task]} and {own[task]}")
         found.update(own)
-    return found
+    # In one order, however they are given: a merge of the same tasks is the same cell.
+    return {task: found[task] for task in TASKS.values() if task in found}
 
 
 def training_of(finetuned: str) -> Mapping[str, Any]:
