@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from dare_adapters.delta import SparseDelta
 from dare_adapters.kernels import PackedDelta, sparse_delta_linear
 from dare_adapters.mask import BlockedSupport
 from dare_adapters.scales import store_scales
+from dare_adapters.sparse_delta import SparseDelta
 
 TOKENS = (1, 8, 32, 64, 256)
 ADAPTERS = (1, 4, 16)

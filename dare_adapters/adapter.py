@@ -19,12 +19,13 @@ from dare_adapters.config import (
     ParameterEntry,
     tensor_key,
 )
-from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NewParameter
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.finite import first_non_finite
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.output import complete_directory
 from dare_adapters.source import WHOLE, DeltaSource
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tensor_file import file_sha256
 

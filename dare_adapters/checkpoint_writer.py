@@ -13,8 +13,9 @@ import torch
 from tqdm.auto import tqdm
 
 from dare_adapters.checkpoint import SAFETENSORS
-from dare_adapters.delta import Delta, WeightedDelta, add_rows
+from dare_adapters.delta import Delta, WeightedDelta
 from dare_adapters.parallel import ordered_map
+from dare_adapters.row_sums import add_rows
 from dare_adapters.streamed_file import StreamedFile
 from dare_adapters.tensor_file import DTYPE_NAMES
 

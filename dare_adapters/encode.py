@@ -12,13 +12,14 @@ import torch
 
 from dare_adapters import codec, compiled_codec
 from dare_adapters.config import ParameterEntry, tensor_key
-from dare_adapters.delta import STEP_ENTRIES, Delta, SparseDelta
+from dare_adapters.delta import STEP_ENTRIES, Delta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import CheckpointError
 from dare_adapters.finite import first_non_finite
 from dare_adapters.mask import MAX_DROP_RATE, BlockedKey, BlockedSupport, Slots, Support
 from dare_adapters.prune import PruneRule
 from dare_adapters.scales import store_scales
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import StoredSupport, encode_support
 from dare_adapters.tensor_file import DTYPE_NAMES
 

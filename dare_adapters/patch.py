@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from dare_adapters.delta import Delta, WeightedDelta, apply_rows
+from dare_adapters.delta import Delta, WeightedDelta
 from dare_adapters.errors import ArchitectureMismatchError
 from dare_adapters.live import LiveParameter, check_patchable
 from dare_adapters.parallel import worker_pool
+from dare_adapters.row_sums import apply_rows
 from dare_adapters.vocabulary import Resized, grow_rows, shrink_rows
 
 __all__ = ["Change", "Patch", "check"]

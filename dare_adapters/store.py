@@ -15,13 +15,14 @@ from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.combine.combination import Combination
 from dare_adapters.companions import copy_present_companions
 from dare_adapters.config import AdapterConfig
-from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NewParameter
 from dare_adapters.encode import encode_delta, encode_new, encode_whole
 from dare_adapters.errors import CombinationError
 from dare_adapters.model_card import write_model_card
 from dare_adapters.output import complete_directory
 from dare_adapters.parallel import worker_pool
 from dare_adapters.source import WHOLE, BaseReader, DeltaSource, Renamed
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.versions import library_versions
 
 __all__ = ["save_source"]

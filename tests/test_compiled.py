@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_adapters import codec, compiled
-from dare_adapters.delta import SparseDelta, WeightedDelta, apply_rows
+from dare_adapters.delta import WeightedDelta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.mask import BlockedSupport
 from dare_adapters.matrix import MatrixView
 from dare_adapters.prune import PruneRule
+from dare_adapters.row_sums import apply_rows
 from dare_adapters.scales import round_scales, store_scales
+from dare_adapters.sparse_delta import SparseDelta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

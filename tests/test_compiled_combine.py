@@ -17,10 +17,11 @@ from dare_adapters.combine.della import magprune
 from dare_adapters.combine.rescale import _Survivors
 from dare_adapters.combine.sparsify import RandomMasks
 from dare_adapters.combine.union import Elementwise, read_union
-from dare_adapters.delta import Delta, DenseDelta, WeightedDelta, add_rows, apply_rows
+from dare_adapters.delta import Delta, DenseDelta, WeightedDelta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.mask import BernoulliSupport, BlockedSupport
 from dare_adapters.matrix import MatrixView
+from dare_adapters.row_sums import add_rows, apply_rows
 from tests.combine.sources import aligned_deltas
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from dare_adapters import compiled, compiled_selection
 from dare_adapters.combine.select import Threshold, largest
-from dare_adapters.delta import Delta, SparseDelta
+from dare_adapters.delta import Delta
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.mask import BlockedSupport
+from dare_adapters.sparse_delta import SparseDelta
 from tests.combine.sources import aligned_deltas
 from tests.test_compiled import random_delta
 from tests.test_compiled_combine import DTYPES, difference

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import dare_adapters
 from dare_adapters.adapter import Adapter
-from dare_adapters.delta import Delta, DenseDelta, SparseDelta, WeightedDelta, apply_rows
+from dare_adapters.delta import Delta, DenseDelta, WeightedDelta
 from dare_adapters.mask import BernoulliSupport, BlockedSupport
 from dare_adapters.matrix import MatrixView
+from dare_adapters.row_sums import apply_rows
+from dare_adapters.sparse_delta import SparseDelta
 from tests import reference
 from tests.checkpoints import fine_tuned, integers, write_checkpoint
 

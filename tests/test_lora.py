@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from dare_adapters.adapter import Adapter
-from dare_adapters.delta import STEP_ENTRIES, Delta, NewParameter, WeightedDelta, apply_rows
+from dare_adapters.delta import STEP_ENTRIES, Delta, NewParameter, WeightedDelta
 from dare_adapters.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -41,6 +41,7 @@ from dare_adapters.errors import (
 from dare_adapters.live import locate
 from dare_adapters.lora import LoraAdapter, LowRankDelta, _matcher, _Pattern
 from dare_adapters.open_source import open_source
+from dare_adapters.row_sums import apply_rows
 from tests.conftest import tiny_llama
 from tests.golden.make_golden import GOLDEN
 

@@ -29,7 +29,7 @@ from dare_adapters import delta as delta_module
 from dare_adapters import patch as patch_module
 from dare_adapters import vocabulary
 from dare_adapters.adapter import Adapter
-from dare_adapters.delta import DenseDelta, NewParameter, SparseDelta, WeightedDelta
+from dare_adapters.delta import DenseDelta, NewParameter, WeightedDelta
 from dare_adapters.errors import (
     ArchitectureMismatchError,
     BaseMismatchError,
@@ -38,6 +38,7 @@ from dare_adapters.errors import (
 from dare_adapters.live import LiveParameter, locate_all
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, matrix_shape
 from dare_adapters.patch import Change, Patch
+from dare_adapters.sparse_delta import SparseDelta
 from tests.conftest import (
     FamilyMaker,
     Pack,

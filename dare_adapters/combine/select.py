@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dare_adapters.delta import Delta, NoChange, SparseDelta
+from dare_adapters.delta import Delta, NoChange
+from dare_adapters.sparse_delta import SparseDelta
 
 __all__ = ["Threshold", "largest"]
 

@@ -19,7 +19,8 @@ from typing import cast
 
 import torch
 
-from dare_adapters.delta import STEP_ENTRIES, SparseDelta
+from dare_adapters.delta import STEP_ENTRIES
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.kernels.gpu.available import can_compile
 from dare_adapters.kernels.layout import Declared, Entries, Layout, Rows, Tensors, picked
 from dare_adapters.mask import BlockedSupport

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dare_adapters import codec
-from dare_adapters.delta import Delta, SparseDelta
+from dare_adapters.delta import Delta
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.kernels.layout import Declared, Entries, Layout, Rows, Tensors, picked
 from dare_adapters.mask import Slots
 from dare_adapters.scales import load_scales

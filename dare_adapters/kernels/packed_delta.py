@@ -12,7 +12,8 @@ from functools import cached_property
 
 import torch
 
-from dare_adapters.delta import Delta, SparseDelta
+from dare_adapters.delta import Delta
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.kernels.blocked import pack_blocked
 from dare_adapters.kernels.compressed_rows import pack_read, pack_sparse

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from dare_adapters.delta import WeightedDelta, apply_rows
+from dare_adapters.delta import WeightedDelta
 from dare_adapters.live import LiveParameter
+from dare_adapters.row_sums import apply_rows
 
 __all__ = ["TrainedPart", "add_deltas", "add_trained"]
 

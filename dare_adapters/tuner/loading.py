@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dare_adapters.config import KEY_PREFIX, ParameterEntry, tensor_key
-from dare_adapters.delta import SparseDelta
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.live import BEFORE_ADAPTERS
 from dare_adapters.mask import matrix_shape
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.tuner.state import DareState
 from dare_adapters.tuner.stored import Placement, StoredParameter
 

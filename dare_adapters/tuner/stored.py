@@ -10,11 +10,12 @@ import torch
 
 from dare_adapters.checkpoint import DTYPES
 from dare_adapters.config import ParameterEntry
-from dare_adapters.delta import Delta, DenseDelta, NewParameter, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NewParameter
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.kernels import PackedDelta
 from dare_adapters.live import LiveParameter
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Slots, Support, matrix_shape
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import SupportEncoding, decode_support
 from dare_adapters.tuner.effective import TrainedPart
 

@@ -12,10 +12,11 @@ import torch
 from hypothesis import strategies as st
 
 from dare_adapters import codec
-from dare_adapters.delta import Delta, DenseDelta, NewParameter, NoChange, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NewParameter, NoChange
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support, matrix_shape
 from dare_adapters.scales import store_scales
 from dare_adapters.source import DeltaSource
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import StoredSupport
 from tests import reference
 

@@ -15,8 +15,9 @@ from dare_adapters.combine import Combination
 from dare_adapters.combine import della as module
 from dare_adapters.combine.della import della, della_linear, magprune
 from dare_adapters.combine.sparsify import RandomMasks, drop_at_random
-from dare_adapters.delta import Delta, DenseDelta, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta
 from dare_adapters.errors import CombinationError
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import StoredSupport
 from tests import reference
 from tests.combine.sources import (

@@ -7,10 +7,11 @@ import torch
 from hypothesis import strategies as st
 
 from dare_adapters.codec import bytes_per_row
-from dare_adapters.delta import Delta, DenseDelta, NoChange, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta, NoChange
 from dare_adapters.lora import LowRankDelta
 from dare_adapters.mask import BernoulliSupport, BlockedSupport, Support
 from dare_adapters.scales import store_scales
+from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.stored_support import StoredSupport
 
 KINDS = ["blocked", "bernoulli", "stored", "dense", "low rank", "nothing"]

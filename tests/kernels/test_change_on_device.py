@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_adapters.delta import WeightedDelta, apply_rows
+from dare_adapters.delta import WeightedDelta
 from dare_adapters.kernels import PackedDelta
 from dare_adapters.mask import parameter_key
 from dare_adapters.matrix import MatrixView
+from dare_adapters.row_sums import apply_rows
 from dare_adapters.scales import load_scales
 from tests.kernels.deltas import BITS, blocked
 from tests.test_mask import GOLDEN_BLOCKED, GOLDEN_NAME, GOLDEN_SEED, KNOWN_ANSWERS

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_adapters.delta import Delta, DenseDelta, SparseDelta
+from dare_adapters.delta import Delta, DenseDelta
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.kernels import PackedDelta
 from dare_adapters.mask import BlockedSupport
+from dare_adapters.sparse_delta import SparseDelta
 from tests.kernels.deltas import blocked, deltas, stored
 
 quickly = settings(max_examples=150, deadline=None)

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
 
-from dare_adapters.delta import Delta, WeightedDelta, sum_rows
+from dare_adapters.delta import Delta, WeightedDelta
+from dare_adapters.row_sums import sum_rows
 from dare_vllm.merged_weights import MergedWeights, plain_torch
 
 __all__ = ["make_patches"]
