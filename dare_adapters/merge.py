@@ -196,6 +196,7 @@ class _Run:
         self.plan, self.models, self.seed, self.mask = plan, models, seed, mask
         self.aligned = aligned
         self._seeds: dict[int, int] = {}
+        self._contents: dict[Path, int] = {}
         self._ahead: dict[str, list[Callable[[], object]]] = {}
 
     def output(self, planned: PlannedTensor) -> OutputTensor:
@@ -326,10 +327,17 @@ class _Run:
     def _seed_of(self, number: int) -> int:
         if number not in self._seeds:
             model = self.models[number]
-            own = content_seed(_each_released(model.checkpoint))
+            own = self._content_of(model.checkpoint)
             identity = "+".join([str(own), *(source.identity for source in model.sources)])
             self._seeds[number] = _Identity(identity).mask_seed(self.seed)
         return self._seeds[number]
+
+
+    def _content_of(self, checkpoint: Checkpoint) -> int:
+        """Its content's seed: adapters over one base, each a model of its own, share the reading."""
+        if checkpoint.path not in self._contents:
+            self._contents[checkpoint.path] = content_seed(_each_released(checkpoint))
+        return self._contents[checkpoint.path]
 
 
 def _check_finite(checkpoint: Checkpoint, name: str) -> None:
