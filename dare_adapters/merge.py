@@ -332,7 +332,6 @@ class _Run:
             self._seeds[number] = _Identity(identity).mask_seed(self.seed)
         return self._seeds[number]
 
-
     def _content_of(self, checkpoint: Checkpoint) -> int:
         """Its content's seed: adapters over one base, each a model of its own, share the reading."""
         if checkpoint.path not in self._contents:
