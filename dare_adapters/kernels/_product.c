@@ -38,7 +38,7 @@ typedef struct {
 } part;
 
 /* A panel is the part of x that rows of a strip are multiplied with before the next. */
-enum { ROOM = 16, TOKENS = 64, ROWS = 16, STRIP = 32, PANEL_BYTES = 24 << 10 };
+enum { ROOM = 16, TOKENS = 64, ROWS = 16, STRIP = 64, PANEL_BYTES = 24 << 10 };
 
 /* Vectors of floats at any address. */
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
@@ -203,50 +203,60 @@ typedef struct {
     const int64_t *found;
 } strip;
 
-/* sum[r * tokens + t] += Σ value[i] * x[column[i] * tokens + t] for i in from … to - 1, all rows r.
- * As many sums are under way as hide how long an addition takes. */
+/* sum[r * tokens + t] += Σ value[i] * x[column[i] * tokens + t] for i in from … to - 1, all rows r;
+ * tokens are 8 * `vectors`. With `entries` of them at once, eight sums are under way: as many as hide
+ * how long an addition takes. */
+INLINE void gather_vectors(const strip *s, int64_t from, int64_t to, const float *restrict x,
+                           float *restrict sum, const int vectors, const int entries) {
+    for (int64_t r = 0; r < s->rows; r++, sum += 8 * vectors) {
+        const int32_t *restrict column = s->column + r * s->stride;
+        const float *restrict value = s->value + r * s->stride;
+        int64_t end = smaller(to, s->found[r]), i = from;
+        eight sums[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) sums[v] = v < vectors ? *(eight *)(sum + 8 * v) : (eight){0};
+        for (; i + entries <= end; i += entries) {
+#pragma GCC unroll 8
+            for (int k = 0; k < entries; k++) {
+                const float *own = x + (int64_t)column[i + k] * (8 * vectors);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++)
+                    sums[vectors * k + v] += value[i + k] * *(const eight *)(own + 8 * v);
+            }
+        }
+        for (; i < end; i++) {
+            const float *own = x + (int64_t)column[i] * (8 * vectors);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sums[v] += value[i] * *(const eight *)(own + 8 * v);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+#pragma GCC unroll 8
+            for (int k = 1; k < entries; k++) sums[v] += sums[vectors * k + v];
+            *(eight *)(sum + 8 * v) = sums[v];
+        }
+    }
+}
+
+/* The same of as many tokens as there are. */
 VECTORS static void gather(const strip *s, int64_t from, int64_t to, const float *restrict x,
                            int tokens, float *restrict sum) {
-    for (int64_t r = 0; r < s->rows; r++, sum += tokens) {
-        const int32_t *column = s->column + r * s->stride;
-        const float *value = s->value + r * s->stride;
-        int64_t end = smaller(to, s->found[r]), i = from;
-        if (tokens == 4) {
-            four sums[4] = {*(four *)sum};
+    if (tokens == 64) gather_vectors(s, from, to, x, sum, 8, 1);
+    else if (tokens == 32) gather_vectors(s, from, to, x, sum, 4, 2);
+    else if (tokens == 16) gather_vectors(s, from, to, x, sum, 2, 4);
+    else if (tokens == 8) gather_vectors(s, from, to, x, sum, 1, 8);
+    else
+        for (int64_t r = 0; r < s->rows; r++) {
+            const int32_t *column = s->column + r * s->stride;
+            const float *value = s->value + r * s->stride;
+            int64_t end = smaller(to, s->found[r]), i = from;
+            four sums[4] = {*(four *)(sum + 4 * r)};
             for (; i + 4 <= end; i += 4)
                 for (int k = 0; k < 4; k++)
                     sums[k] += value[i + k] * *(const four *)(x + (int64_t)column[i + k] * 4);
             for (; i < end; i++) sums[0] += value[i] * *(const four *)(x + (int64_t)column[i] * 4);
-            *(four *)sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            continue;
+            *(four *)(sum + 4 * r) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         }
-        eight sums[8] = {{0}};
-        int vectors = tokens / 8;
-        for (int v = 0; v < vectors; v++) sums[v] = *(eight *)(sum + 8 * v);
-#define ENTRIES(COUNT, VECTORS_EACH)                                                     \
-    for (; i + (COUNT) <= end; i += (COUNT))                                             \
-        for (int k = 0; k < (COUNT); k++) {                                              \
-            const float *own = x + (int64_t)column[i + k] * (8 * (VECTORS_EACH));        \
-            for (int v = 0; v < (VECTORS_EACH); v++)                                     \
-                sums[(VECTORS_EACH) * k + v] += value[i + k] * *(const eight *)(own + 8 * v); \
-        }
-        if (tokens == 8) {
-            ENTRIES(8, 1)
-            ENTRIES(1, 1)
-        } else if (tokens == 16) {
-            ENTRIES(4, 2)
-            ENTRIES(1, 2)
-        } else if (tokens == 32) {
-            ENTRIES(2, 4)
-            ENTRIES(1, 4)
-        } else {
-            ENTRIES(1, 8)
-        }
-#undef ENTRIES
-        for (int width = 4; width >= vectors; width /= 2)
-            for (int v = 0; v < width; v++) sums[v] += sums[v + width];
-        for (int v = 0; v < vectors; v++) *(eight *)(sum + 8 * v) = sums[v];
-    }
 }
 
 /* sum[(column[i] - low) * tokens + t] += value[i] * x[t]; no column comes twice. */
@@ -274,13 +284,39 @@ VECTORS static void scatter(const int32_t *restrict column, const float *restric
 
 /* ---- tokens in and out ---- */
 
+#ifdef __clang__
+#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(16)));
+#define MIX(A, B, ...) __builtin_shuffle(A, B, (places){__VA_ARGS__})
+#endif
+
+/* Rows of four become columns. */
+INLINE void turn(four v[4]) {
+    four a = MIX(v[0], v[1], 0, 4, 1, 5), b = MIX(v[2], v[3], 0, 4, 1, 5);
+    four c = MIX(v[0], v[1], 2, 6, 3, 7), d = MIX(v[2], v[3], 2, 6, 3, 7);
+    v[0] = MIX(a, b, 0, 1, 4, 5);
+    v[1] = MIX(a, b, 2, 3, 6, 7);
+    v[2] = MIX(c, d, 0, 1, 4, 5);
+    v[3] = MIX(c, d, 2, 3, 6, 7);
+}
+
 /* Rows `token` of x side by side, float32 (width, tokens); those that are missing are zero. */
 VECTORS static void load_tokens(const void *x, int dtype, int64_t stride, const int64_t *token,
                                 int64_t count, int tokens, int64_t width, float *restrict out) {
     if (count < tokens) memset(out, 0, (size_t)(width * tokens) * sizeof(float));
     for (int64_t first = 0; first < width; first += ROWS) {
-        int64_t n = smaller(width - first, ROWS);
-        for (int64_t t = 0; t < count; t++) {
+        int64_t n = smaller(width - first, ROWS), t = 0;
+        if (dtype == FLOAT32 && n % 4 == 0)
+            for (; t + 4 <= count; t += 4)
+                for (int64_t k = 0; k < n; k += 4) {
+                    four part[4];
+                    for (int i = 0; i < 4; i++)
+                        part[i] = *(const four *)((const float *)x + token[t + i] * stride + first + k);
+                    turn(part);
+                    for (int i = 0; i < 4; i++) *(four *)(out + (first + k + i) * tokens + t) = part[i];
+                }
+        for (; t < count; t++) {
             float *restrict to = out + first * tokens + t;
             int64_t from = token[t] * stride + first;
             if (dtype == FLOAT32)
@@ -299,7 +335,19 @@ VECTORS static void load_tokens(const void *x, int dtype, int64_t stride, const 
 VECTORS static void add_tokens(const float *restrict sum, int64_t width, int tokens, float weight,
                                const int64_t *token, int64_t count, void *y, int dtype,
                                int64_t stride, int64_t first) {
-    for (int64_t t = 0; t < count; t++) {
+    int64_t t = 0;
+    if (dtype == FLOAT32 && width % 4 == 0)
+        for (; t + 4 <= count; t += 4)
+            for (int64_t n = 0; n < width; n += 4) {
+                four part[4];
+                for (int i = 0; i < 4; i++) part[i] = *(const four *)(sum + (n + i) * tokens + t);
+                turn(part);
+                for (int i = 0; i < 4; i++) {
+                    four *to = (four *)((float *)y + token[t + i] * stride + first + n);
+                    *to += weight * part[i];
+                }
+            }
+    for (; t < count; t++) {
         int64_t at = token[t] * stride + first;
         if (dtype == FLOAT32) {
             float *to = (float *)y + at;
