@@ -1,5 +1,5 @@
 /* y += x Δᵀ on a processor: the survivors of a row are decoded once, and each is multiplied with up
- * to 32 tokens that lie side by side. Sums are float32, rounded once.
+ * to 64 tokens that lie side by side. Sums are float32, rounded once.
  * Compiled where there is a compiler (see setup.py) and called through ctypes by
  * compiled_product.py. */
 
@@ -37,7 +37,8 @@ typedef struct {
     int32_t *block_start;               /* first column of each block, perhaps negative */
 } part;
 
-enum { ROOM = 16, TOKENS = 32, ROWS = 16 };
+/* A panel is the part of x that rows of a strip are multiplied with before the next. */
+enum { ROOM = 16, TOKENS = 64, ROWS = 16, STRIP = 64, PANEL_BYTES = 24 << 10 };
 
 /* Vectors of floats at any address. */
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
@@ -177,7 +178,7 @@ static int64_t decode_row(const delta *d, int64_t row, const part *p, decoded *o
     return d->kind == BLOCKED ? blocked_row(d, row, p, out) : compressed_row(d, row, p, out);
 }
 
-/* ---- products; `tokens` of them lie side by side: 1, 4, 8, 16 or 32 ---- */
+/* ---- products; `tokens` of them lie side by side: 1, 4, 8, 16, 32 or 64 ---- */
 
 /* Σ value[i] * x[column[i]]; gathering into vectors takes longer than it saves. */
 SCALAR static float gather_one(const int32_t *restrict column, const float *restrict value,
@@ -194,54 +195,68 @@ SCALAR static float gather_one(const int32_t *restrict column, const float *rest
     return (a + b) + (c + d);
 }
 
-/* sum[t] = Σ value[i] * x[column[i] * tokens + t] */
-VECTORS static void gather(const int32_t *restrict column, const float *restrict value,
-                           int64_t count, const float *restrict x, int tokens,
-                           float *restrict sum) {
-    int64_t i = 0;
-    if (tokens == 4) {
-        four sums[4] = {{0}};
-        for (; i + 4 <= count; i += 4)
-            for (int k = 0; k < 4; k++)
-                sums[k] += value[i + k] * *(const four *)(x + (int64_t)column[i + k] * 4);
-        for (; i < count; i++) sums[0] += value[i] * *(const four *)(x + (int64_t)column[i] * 4);
-        *(four *)sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    } else if (tokens == 8) {
-        eight sums[4] = {{0}};
-        for (; i + 4 <= count; i += 4)
-            for (int k = 0; k < 4; k++)
-                sums[k] += value[i + k] * *(const eight *)(x + (int64_t)column[i + k] * 8);
-        for (; i < count; i++) sums[0] += value[i] * *(const eight *)(x + (int64_t)column[i] * 8);
-        *(eight *)sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    } else if (tokens == 16) {
-        eight a = {0}, b = {0}, c = {0}, d = {0};
-        for (; i + 2 <= count; i += 2) {
-            const float *one = x + (int64_t)column[i] * 16, *two = x + (int64_t)column[i + 1] * 16;
-            a += value[i] * *(const eight *)one;
-            b += value[i] * *(const eight *)(one + 8);
-            c += value[i + 1] * *(const eight *)two;
-            d += value[i + 1] * *(const eight *)(two + 8);
+/* Rows of decoded entries, `stride` apart; row r has found[r] of them. */
+typedef struct {
+    const int32_t *column;
+    const float *value;
+    int64_t stride, rows;
+    const int64_t *found;
+} strip;
+
+/* sum[r * tokens + t] += Σ value[i] * x[column[i] * tokens + t] for i in from … to - 1, all rows r;
+ * tokens are 8 * `vectors`. With `entries` of them at once, eight sums are under way: as many as hide
+ * how long an addition takes. */
+INLINE void gather_vectors(const strip *s, int64_t from, int64_t to, const float *restrict x,
+                           float *restrict sum, const int vectors, const int entries) {
+    for (int64_t r = 0; r < s->rows; r++, sum += 8 * vectors) {
+        const int32_t *restrict column = s->column + r * s->stride;
+        const float *restrict value = s->value + r * s->stride;
+        int64_t end = smaller(to, s->found[r]), i = from;
+        eight sums[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) sums[v] = v < vectors ? *(eight *)(sum + 8 * v) : (eight){0};
+        for (; i + entries <= end; i += entries) {
+#pragma GCC unroll 8
+            for (int k = 0; k < entries; k++) {
+                const float *own = x + (int64_t)column[i + k] * (8 * vectors);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++)
+                    sums[vectors * k + v] += value[i + k] * *(const eight *)(own + 8 * v);
+            }
         }
-        if (i < count) {
-            a += value[i] * *(const eight *)(x + (int64_t)column[i] * 16);
-            b += value[i] * *(const eight *)(x + (int64_t)column[i] * 16 + 8);
+        for (; i < end; i++) {
+            const float *own = x + (int64_t)column[i] * (8 * vectors);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sums[v] += value[i] * *(const eight *)(own + 8 * v);
         }
-        *(eight *)sum = a + c;
-        *(eight *)(sum + 8) = b + d;
-    } else {
-        eight a = {0}, b = {0}, c = {0}, d = {0};
-        for (; i < count; i++) {
-            const float *one = x + (int64_t)column[i] * 32;
-            a += value[i] * *(const eight *)one;
-            b += value[i] * *(const eight *)(one + 8);
-            c += value[i] * *(const eight *)(one + 16);
-            d += value[i] * *(const eight *)(one + 24);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+#pragma GCC unroll 8
+            for (int k = 1; k < entries; k++) sums[v] += sums[vectors * k + v];
+            *(eight *)(sum + 8 * v) = sums[v];
         }
-        *(eight *)sum = a;
-        *(eight *)(sum + 8) = b;
-        *(eight *)(sum + 16) = c;
-        *(eight *)(sum + 24) = d;
     }
+}
+
+/* The same of as many tokens as there are. */
+VECTORS static void gather(const strip *s, int64_t from, int64_t to, const float *restrict x,
+                           int tokens, float *restrict sum) {
+    if (tokens == 64) gather_vectors(s, from, to, x, sum, 8, 1);
+    else if (tokens == 32) gather_vectors(s, from, to, x, sum, 4, 2);
+    else if (tokens == 16) gather_vectors(s, from, to, x, sum, 2, 4);
+    else if (tokens == 8) gather_vectors(s, from, to, x, sum, 1, 8);
+    else
+        for (int64_t r = 0; r < s->rows; r++) {
+            const int32_t *column = s->column + r * s->stride;
+            const float *value = s->value + r * s->stride;
+            int64_t end = smaller(to, s->found[r]), i = from;
+            four sums[4] = {*(four *)(sum + 4 * r)};
+            for (; i + 4 <= end; i += 4)
+                for (int k = 0; k < 4; k++)
+                    sums[k] += value[i + k] * *(const four *)(x + (int64_t)column[i + k] * 4);
+            for (; i < end; i++) sums[0] += value[i] * *(const four *)(x + (int64_t)column[i] * 4);
+            *(four *)(sum + 4 * r) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
 }
 
 /* sum[(column[i] - low) * tokens + t] += value[i] * x[t]; no column comes twice. */
@@ -269,13 +284,39 @@ VECTORS static void scatter(const int32_t *restrict column, const float *restric
 
 /* ---- tokens in and out ---- */
 
+#ifdef __clang__
+#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(16)));
+#define MIX(A, B, ...) __builtin_shuffle(A, B, (places){__VA_ARGS__})
+#endif
+
+/* Rows of four become columns. */
+INLINE void turn(four v[4]) {
+    four a = MIX(v[0], v[1], 0, 4, 1, 5), b = MIX(v[2], v[3], 0, 4, 1, 5);
+    four c = MIX(v[0], v[1], 2, 6, 3, 7), d = MIX(v[2], v[3], 2, 6, 3, 7);
+    v[0] = MIX(a, b, 0, 1, 4, 5);
+    v[1] = MIX(a, b, 2, 3, 6, 7);
+    v[2] = MIX(c, d, 0, 1, 4, 5);
+    v[3] = MIX(c, d, 2, 3, 6, 7);
+}
+
 /* Rows `token` of x side by side, float32 (width, tokens); those that are missing are zero. */
 VECTORS static void load_tokens(const void *x, int dtype, int64_t stride, const int64_t *token,
                                 int64_t count, int tokens, int64_t width, float *restrict out) {
     if (count < tokens) memset(out, 0, (size_t)(width * tokens) * sizeof(float));
     for (int64_t first = 0; first < width; first += ROWS) {
-        int64_t n = smaller(width - first, ROWS);
-        for (int64_t t = 0; t < count; t++) {
+        int64_t n = smaller(width - first, ROWS), t = 0;
+        if (dtype == FLOAT32 && n % 4 == 0)
+            for (; t + 4 <= count; t += 4)
+                for (int64_t k = 0; k < n; k += 4) {
+                    four part[4];
+                    for (int i = 0; i < 4; i++)
+                        part[i] = *(const four *)((const float *)x + token[t + i] * stride + first + k);
+                    turn(part);
+                    for (int i = 0; i < 4; i++) *(four *)(out + (first + k + i) * tokens + t) = part[i];
+                }
+        for (; t < count; t++) {
             float *restrict to = out + first * tokens + t;
             int64_t from = token[t] * stride + first;
             if (dtype == FLOAT32)
@@ -294,7 +335,19 @@ VECTORS static void load_tokens(const void *x, int dtype, int64_t stride, const 
 VECTORS static void add_tokens(const float *restrict sum, int64_t width, int tokens, float weight,
                                const int64_t *token, int64_t count, void *y, int dtype,
                                int64_t stride, int64_t first) {
-    for (int64_t t = 0; t < count; t++) {
+    int64_t t = 0;
+    if (dtype == FLOAT32 && width % 4 == 0)
+        for (; t + 4 <= count; t += 4)
+            for (int64_t n = 0; n < width; n += 4) {
+                four part[4];
+                for (int i = 0; i < 4; i++) part[i] = *(const four *)(sum + (n + i) * tokens + t);
+                turn(part);
+                for (int i = 0; i < 4; i++) {
+                    four *to = (four *)((float *)y + token[t + i] * stride + first + n);
+                    *to += weight * part[i];
+                }
+            }
+    for (; t < count; t++) {
         int64_t at = token[t] * stride + first;
         if (dtype == FLOAT32) {
             float *to = (float *)y + at;
@@ -320,7 +373,15 @@ static float *aligned(char **room, int64_t floats) {
 }
 
 static int lanes(int64_t count) {
-    return count <= 1 ? 1 : count <= 4 ? 4 : count <= 8 ? 8 : count <= 16 ? 16 : TOKENS;
+    return count <= 1 ? 1 : count <= 4 ? 4 : count <= 8 ? 8 : count <= 16 ? 16 : count <= 32 ? 32 : TOKENS;
+}
+
+/* Entries of a row that one panel of x holds, where all rows have their entries in the same blocks. */
+static int64_t panel_of(const delta *d, int tokens, int64_t width) {
+    if (d->kind != BLOCKED) return larger(width, 1);
+    int64_t bytes_of_eight = 8 * d->block * tokens * (int64_t)sizeof(float);
+    int64_t eights = larger(PANEL_BYTES / bytes_of_eight, 1);
+    return eights * 8;
 }
 
 /* For every token t whose slot s has a delta: y[t] += weights[s] * x[t] Δᵀ, or x[t] Δ where
@@ -332,16 +393,18 @@ EXPORT int dare_add_products(const delta *deltas, int64_t count, const float *we
                              int64_t x_stride, void *y, int y_dtype, int64_t y_stride,
                              int transposed, int64_t low, int64_t high) {
     int64_t inputs = transposed ? rows : columns, most = lanes(smaller(total, TOKENS));
-    int64_t sums = transposed ? (high - low) * most : ROWS * TOKENS;
-    int64_t floats = 3 * (width + ROOM) + inputs * most + sums + 5 * 16;
+    int64_t sums = transposed ? (high - low) * most : STRIP * TOKENS;
+    int64_t each = width + ROOM, strips = transposed ? 1 : STRIP;
+    int64_t floats = (2 * strips + 1) * each + inputs * most + sums + 5 * 16;
     char *memory = malloc((size_t)floats * sizeof(float)), *room = memory;
     if (!memory) return -1;
     decoded out;
-    out.column = (int32_t *)aligned(&room, width + ROOM);
-    out.value = aligned(&room, width + ROOM);
+    out.column = (int32_t *)aligned(&room, strips * each);
+    out.value = aligned(&room, strips * each);
     float *own = aligned(&room, inputs * most), *sum = aligned(&room, sums);
     part p = {.low = transposed ? low : 0, .high = transposed ? high : columns, .width = width};
-    p.block_start = (int32_t *)aligned(&room, width + ROOM);
+    p.block_start = (int32_t *)aligned(&room, each);
+    int64_t found[STRIP];
     for (int64_t slot = 0; slot < count; slot++) {
         const delta *d = deltas + slot;
         if (d->kind == NO_DELTA) continue;
@@ -368,14 +431,20 @@ EXPORT int dare_add_products(const delta *deltas, int64_t count, const float *we
                 add_tokens(sum, high - low, tokens, weight, token, n, y, y_dtype, y_stride, low);
                 continue;
             }
-            for (int64_t row = low; row < high; row += ROWS) {
-                int64_t strip = smaller(high - row, ROWS);
-                for (int64_t r = 0; r < strip; r++) {
-                    int64_t found = decode_row(d, row + r, &p, &out);
-                    if (tokens == 1) sum[r] = gather_one(out.column, out.value, found, from);
-                    else gather(out.column, out.value, found, from, tokens, sum + r * tokens);
+            int64_t panel = panel_of(d, tokens, width);
+            for (int64_t row = low; row < high; row += STRIP) {
+                strip all = {out.column, out.value, each, smaller(high - row, STRIP), found};
+                for (int64_t r = 0; r < all.rows; r++) {
+                    decoded own_row = {out.column + r * each, out.value + r * each};
+                    found[r] = decode_row(d, row + r, &p, &own_row);
+                    if (tokens == 1) sum[r] = gather_one(own_row.column, own_row.value, found[r], from);
                 }
-                add_tokens(sum, strip, tokens, weight, token, n, y, y_dtype, y_stride, row);
+                if (tokens > 1) {
+                    memset(sum, 0, (size_t)(all.rows * tokens) * sizeof(float));
+                    for (int64_t first = 0; first < width; first += panel)
+                        gather(&all, first, first + panel, from, tokens, sum);
+                }
+                add_tokens(sum, all.rows, tokens, weight, token, n, y, y_dtype, y_stride, row);
             }
         }
     }

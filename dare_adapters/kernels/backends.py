@@ -94,7 +94,9 @@ def choose_backend(name: str, x: torch.Tensor, y: torch.Tensor) -> Backend:
         ValueError: there is no such back end, or it cannot be used here.
     """
     if name == AUTO:
-        return next(one for one in _ranked if one.serves(x, y))
+        for one in _ranked:
+            if one.serves(x, y):
+                return one
     if name not in _backends:
         raise ValueError(f"no back end {name!r}; there are {', '.join(backend_names())}")
     if not _backends[name].serves(x, y):

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,9 +65,8 @@ def available() -> bool:
 
 
 def _serves(x: torch.Tensor, y: torch.Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and y.device.type == "cpu"
-    fits = max(x.shape[1], y.shape[1]) < LARGEST
-    return on_cpu and fits and x.dtype in DTYPES and y.dtype in DTYPES and available()
+    on_cpu = x.is_cpu and y.is_cpu and x.dtype in DTYPES and y.dtype in DTYPES
+    return on_cpu and x.shape[1] < LARGEST and y.shape[1] < LARGEST and available()
 
 
 @register_backend("compiled", serves=_serves, rank=1)
@@ -81,22 +80,38 @@ def add_product(
     weights: torch.Tensor | None,
 ) -> None:
     """See :class:`AddProduct`; a dense delta is PyTorch's to multiply."""
-    described, width = (_Delta * len(deltas))(), 0
-    dense: list[PackedDelta | None] = []
+    dense: list[PackedDelta | None] | None = None
+    described, width = _described(deltas), 0
+    for slot, delta in enumerate(deltas):
+        if delta is None:
+            continue
+        layout = delta.layout
+        if layout.is_sparse:
+            width = max(width, layout.width)
+        else:
+            dense = dense or [None] * len(deltas)
+            dense[slot] = delta
+    if width and x.shape[0]:
+        _add_sparse(x, described, width, token_slot, y, transposed, weights)
+    if dense is not None:
+        add_dense_product(x, dense, token_slot, y, transposed=transposed, weights=weights)
+
+
+def _described(deltas: Sequence[PackedDelta | None]) -> ctypes.Array[_Delta]:
+    """Sparse deltas as the loops see them; whatever else there is, as none."""
+    if len(deltas) == 1 and deltas[0] is not None:  # nothing to gather, which takes microseconds
+        alone = _known.get(deltas[0])
+        if alone is not None:
+            return alone
+    made = (_Delta * len(deltas))()
     for slot, delta in enumerate(deltas):
         if delta is None or not delta.layout.is_sparse:
-            dense.append(delta)
             continue
-        dense.append(None)
         found = _known.get(delta)
         if found is None:
-            found = _known[delta] = _describe(delta)
-        described[slot] = found
-        width = max(width, delta.layout.width)
-    if width and len(x):
-        _add_sparse(x, described, width, token_slot, y, transposed, weights)
-    if any(delta is not None for delta in dense):
-        add_dense_product(x, dense, token_slot, y, transposed=transposed, weights=weights)
+            found = _known[delta] = (_Delta * 1)(_describe(delta))
+        made[slot] = found[0]
+    return made
 
 
 def _add_sparse(
@@ -108,25 +123,30 @@ def _add_sparse(
     transposed: bool,
     weights: torch.Tensor | None,
 ) -> None:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = y if y.stride(1) == 1 else y.contiguous()
-    token_slot = token_slot.to(torch.int64).contiguous()
-    weights = None if weights is None else weights.to(torch.float32).contiguous()
     (tokens, inputs), outputs = x.shape, y.shape[1]
+    (x_stride, x_step), (y_stride, y_step) = x.stride(), y.stride()
+    out = y
+    if x_step != 1:
+        x = x.contiguous()
+        x_stride = inputs
+    if y_step != 1:
+        out = y.contiguous()
+        y_stride = outputs
+    if token_slot.dtype != torch.int64 or not token_slot.is_contiguous():
+        token_slot = token_slot.to(torch.int64).contiguous()
+    weights = None if weights is None else weights.to(torch.float32).contiguous()
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     arguments = (
         described, len(described), None if weights is None else weights.data_ptr(),
         token_slot.data_ptr(), tokens, rows, columns, width, x.data_ptr(), DTYPES[x.dtype],
-        x.stride(0), out.data_ptr(), DTYPES[out.dtype], out.stride(0), transposed,
+        x_stride, out.data_ptr(), DTYPES[out.dtype], y_stride, transposed,
     )  # fmt: skip
     work = rows * width * max(1, tokens // 8)
     parts = 1 if work < 2 * WORTH_A_THREAD else _parts(work, outputs)
 
-    def add(low: int, high: int) -> bool:
-        return bool(_library().dare_add_products(*arguments, low, high))
-
+    add = partial(_library().dare_add_products, *arguments)
     if parts == 1:
-        failed = add(0, outputs)
+        failed = bool(add(0, outputs))
     else:
         borders = [outputs * part // parts // TOGETHER * TOGETHER for part in range(parts)]
         shares = [*itertools.pairwise([*borders, outputs])]
@@ -145,7 +165,7 @@ def _parts(work: int, outputs: int) -> int:
 
 
 # Deltas as the loops see them; valid as long as the delta, which keeps its tensors.
-_known: WeakKeyDictionary[PackedDelta, _Delta] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PackedDelta, ctypes.Array[_Delta]] = WeakKeyDictionary()
 
 
 def _describe(delta: PackedDelta) -> _Delta:

@@ -54,8 +54,7 @@ def sparse_delta_linear(
     Raises:
         ValueError: shapes or devices do not fit, or there is no such back end.
     """
-    _check(x, deltas, token_slot, y, transposed)
-    if all(delta is None for delta in deltas):
+    if not _check(x, deltas, token_slot, y, transposed):
         return y
     if weights is not None and not isinstance(weights, torch.Tensor):
         weights = torch.tensor(weights, dtype=torch.float32, device=y.device)
@@ -205,7 +204,8 @@ def _check(
     token_slot: torch.Tensor,
     y: torch.Tensor,
     transposed: bool,
-) -> None:
+) -> bool:
+    """Refuse what does not fit; whether there is any delta."""
     if x.dim() != 2 or y.dim() != 2 or token_slot.dim() != 1:
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must be matrices, and token_slot "
@@ -218,16 +218,20 @@ def _check(
     if not (x.is_floating_point() and y.is_floating_point()):
         raise ValueError(f"x and y must be floats, not {x.dtype} and {y.dtype}")
     wanted = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
+    device, any_delta = x.device, False
+    together = device == y.device == token_slot.device
     for slot, delta in enumerate(deltas):
         if delta is None:
             continue
+        any_delta = True
         if (delta.rows, delta.columns) != wanted:
             raise ValueError(
                 f"the delta of slot {slot} is a matrix {(delta.rows, delta.columns)}; x "
                 f"{tuple(x.shape)} and y {tuple(y.shape)} need {wanted}"
             )
-        if not delta.device == x.device == y.device == token_slot.device:
+        if not (together and delta.device == device):
             raise ValueError(
                 f"the delta of slot {slot} is on {delta.device}, x on {x.device}, y on {y.device}, "
                 f"token_slot on {token_slot.device}"
             )
+    return any_delta
