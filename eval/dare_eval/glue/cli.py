@@ -42,6 +42,15 @@ MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are cu
 Value = TypeVar("Value")
 
 
+@app.callback()
+def _quietly() -> None:
+    """Without transformers' report, at each base, of a head that a fine-tune is about to bring."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 @app.command()
 def train(  # noqa: PLR0917 (typer reads options from the signature)
     base: Base,
@@ -189,7 +198,10 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     data_dir: DataDir = None,
     records: RecordsDir = Path("records"),
     methods: Annotated[
-        str, typer.Option(help="With commas between.")
+        str,
+        typer.Option(
+            help="With commas between; also breadcrumbs, della, sce, karcher, model_stock, widen."
+        ),
     ] = "average,task_arithmetic,fisher,regmean,ties",
     sizes: Annotated[
         str, typer.Option(help="How many tasks at once: 2 is every pair; all.")
@@ -208,7 +220,7 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
 ) -> None:
     """Merge the fine-tunes of several tasks, each with its own head, with and without DARE."""
     from dare_eval.glue.bench import find_finetuned
-    from dare_eval.glue.merge import METHODS, MergeAxes, MergeBench, run_merge
+    from dare_eval.glue.merge import METHODS, OTHER_METHODS, MergeAxes, MergeBench, run_merge
     from dare_eval.records import Records
 
     both = {"without": (False,), "with": (True,), "both": (False, True)}
@@ -217,8 +229,9 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     chosen = _only(_usage(find_finetuned, finetuned), tasks)
     if len(chosen) < 2:
         raise typer.BadParameter("a merge needs the fine-tunes of two tasks or more")
+    known = {**METHODS, **OTHER_METHODS}
     axes = MergeAxes(
-        methods={name: METHODS[name] for name in _listed(methods, str, "--methods", METHODS)},
+        methods={name: known[name] for name in _listed(methods, str, "--methods", known)},
         sizes=[None if size == "all" else _size(size) for size in _listed(sizes, str, "--sizes")],
         dare=both[dare],
         drop_rates=_rates(drop_rates),

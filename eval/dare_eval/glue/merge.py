@@ -30,7 +30,7 @@ from dare_eval.glue.train import TrainingSettings, load_tokenizer
 from dare_eval.identity import model_identity
 from dare_eval.records import Cell, Record, Records
 
-__all__ = ["METHODS", "MergeAxes", "MergeBench", "run_merge"]
+__all__ = ["METHODS", "OTHER_METHODS", "MergeAxes", "MergeBench", "mean_share", "run_merge"]
 
 EXPERIMENT, CHOICE = "glue-merge", "glue-merge-choice"
 
@@ -45,7 +45,24 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         for scale in (0.5, 1.0)
     ],
 }
-"""The options that each method chooses among."""
+"""The options that each of the paper's methods chooses among."""
+
+OTHER_METHODS: dict[str, list[dict[str, Any]]] = {
+    "breadcrumbs": [
+        {"density": density, "lambda_": scale} for density in (0.15, 0.9) for scale in (0.5, 1.0)
+    ],
+    "della": [{"density": 0.3, "lambda_": scale} for scale in (0.3, 0.5, 1.0)],
+    "sce": [
+        {"select_topk": share, "lambda_": scale}
+        for share, scale in ((0.3, 1.0), (1.0, 0.5), (1.0, 0.7), (1.0, 1.0))
+    ],
+    "karcher": [{}],
+    "model_stock": [{"filter_wise": False}, {"filter_wise": True}],
+    "widen": [{"score_calibration_value": value} for value in (0.5, 1.0)],
+}
+"""Those of methods that came after it."""
+
+RANDOM = ("della",)  # without DARE before them
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class MergeAxes:
     """What is merged, and how.
 
     Attributes:
-        methods: of METHODS, with the options to choose among.
+        methods: combination types, each with the options to choose among.
         sizes: how many tasks are merged: 2 is every pair, None all at once.
         dare: whether each method runs without DARE, with it, or both.
         drop_rates: of DARE; chosen together with the options.
@@ -275,7 +292,8 @@ def _merge_cells(bench: MergeBench, axes: MergeAxes, choices: Sequence[Record]) 
     for choice in choices:
         group, method = choice.config["tasks"], choice.config["method"]
         options = choice.result["chosen"]
-        for seed in axes.seeds if choice.config["dare"] else [None]:
+        random = choice.config["dare"] or method in RANDOM
+        for seed in axes.seeds if random else [None]:
             config = {
                 **_config(bench, EXPERIMENT, group, method),
                 "dare": choice.config["dare"],
