@@ -113,6 +113,7 @@ class MergeBench:
         data_dir: as `read_rows` takes it.
         eval_rows: dev rows of each task at most.
         max_length: in tokens.
+        device: where to compute; default: a GPU if there is one.
 
     Attributes:
         held_out: training rows that each fine-tune did not see; 0: it may have seen them all.
@@ -126,7 +127,9 @@ class MergeBench:
         data_dir: Path | None,
         eval_rows: int | None = None,
         max_length: int = 128,
+        device: str | None = None,
     ) -> None:
+        self.device = device
         self.base, self.tasks = base, {task.name: task for task in finetuned}
         self.finetuned = {task.name: path for task, path in finetuned.items()}
         self.eval_rows, self.max_length, self._data_dir = eval_rows, max_length, data_dir
@@ -139,9 +142,8 @@ class MergeBench:
     @cached_property
     def encoder(self) -> GlueEncoder:
         """The base's encoder under all heads."""
-        return GlueEncoder(
-            self.base, {self.tasks[name]: path for name, path in self.finetuned.items()}
-        )
+        finetuned = {self.tasks[name]: path for name, path in self.finetuned.items()}
+        return GlueEncoder(self.base, finetuned, self.device)
 
     def score(self, task: str, selection_rows: int | None = None) -> float:
         """A task's score with the encoder as it is now: on dev rows, or on so many held-out ones.
