@@ -20,7 +20,7 @@ def examine(channel: Channel, code: str, preamble: str, from_program: list[str])
         code: the tests. A name in them that neither they, `preamble` nor Python define is the
             program's.
         preamble: trusted code whose names the tests may use.
-        from_program: names that are the program's though `preamble` has them too.
+        from_program: names that are the program's though `preamble` or Python has them too.
 
     Returns:
         None if every test passed, else why not.
@@ -31,7 +31,7 @@ def examine(channel: Channel, code: str, preamble: str, from_program: list[str])
         namespace: dict[str, object] = {"__name__": "tests"}
         exec(compile(preamble, "<preamble>", "exec"), namespace)
         tests = compile(code, "<tests>", "exec")
-        for name in {*_names(tests), *from_program} - set(dir(builtins)):
+        for name in (_names(tests) - set(dir(builtins))) | set(from_program):
             if name in from_program or name not in namespace:
                 try:
                     namespace[name] = program.ask("name", name)

@@ -45,7 +45,7 @@ class Checks:
         code: Python whose assertions hold for a right program. Names that neither it nor
             `preamble` nor Python define are the program's.
         preamble: trusted code whose names `code` may use.
-        from_program: names that are the program's though `preamble` has them too.
+        from_program: names that are the program's though `preamble` or Python has them too.
     """
 
     code: str
