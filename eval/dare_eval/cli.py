@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from dare_adapters.errors import DareError
+from dare_eval.glue.cli import app as glue
 
 __all__ = ["app", "main"]
 
@@ -31,6 +34,33 @@ def _root() -> None:
     """Every run writes a record for each cell, and goes on where it stopped."""
 
 
+@app.command(name="delta-stats")
+def delta_stats(
+    base: Annotated[str, typer.Argument(help="Base model: directory or hub id.")],
+    finetuned: Annotated[list[str], typer.Argument(help="Full fine-tunes of it.")],
+    records: Annotated[Path, typer.Option(help="Directory of records.")] = Path("records"),
+) -> None:
+    """Measure how far fine-tunes moved from their base, and whether DARE applies to them."""
+    from dare_eval.delta_stats import run_delta_stats
+    from dare_eval.records import Records
+
+    run_delta_stats(base, finetuned, Records(records))
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="Directory of records.")],
+    out: Annotated[Path, typer.Option(help="Where tables and figures go.")] = Path("report"),
+) -> None:
+    """Make tables (Markdown, LaTeX, CSV) and figures (PNG, PDF) of records."""
+    from dare_eval.records import Records
+    from dare_eval.report.write import write_reports
+
+    for path in write_reports(Records(records), out):
+        typer.echo(path)
+
+
+app.add_typer(glue, name="glue")
 if importlib.util.find_spec("dare_eval.lm") is not None:
     app.add_typer(
         importlib.import_module("dare_eval.lm.cli").app, name="lm", help="Decoder experiments."
