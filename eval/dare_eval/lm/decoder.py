@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class Decoder:
         self.base, self.backend, self.arguments = base, backend, dict(arguments)
         self._model: Any = None
         self._tokenizer: str | None = None
+        self._worn: Mixture | None = None
 
     def wearing(self, mixture: Mixture) -> Any:
         """The harness model with these adapters and no others."""
@@ -40,9 +42,14 @@ class Decoder:
             model = get_model(BACKENDS[self.backend])
             self._model = model(base=self.base, **{**own, **self.arguments})
             self._tokenizer = tokenizer
-        self._model.set_mixture(mixture)
+            self._worn = Mixture()
+        if mixture != self._worn:
+            self._worn = None  # unknown, should the next line fail
+            self._model.set_mixture(mixture)
+            self._worn = mixture
         return self._model
 
     def close(self) -> None:
         """Free the memory."""
-        self._model = None
+        self._model = self._worn = None
+        gc.collect()

@@ -51,13 +51,14 @@ class Evaluation:
         """What a result depends on."""
         return {"limit": self.limit, "max_tokens": self.max_tokens}
 
-    def measure(self, model: LM, task: str, name: str) -> dict[str, Any]:
+    def measure(self, model: LM, task: str, file: str, generator: str) -> dict[str, Any]:
         """Evaluate a model on a task.
 
         Args:
             model: of the harness.
             task: of PAPER_TASKS, or the harness's own.
-            name: of the model, in what is written to `outputs`.
+            file: stem of what is written to `outputs`.
+            generator: name of the model, in AlpacaEval's format.
 
         Returns:
             `score`, `metric` (its name), `scores` (of all metrics), `stderr`, `documents`,
@@ -103,19 +104,21 @@ class Evaluation:
             "stderr": stderr if isinstance(stderr, float) else None,
             "documents": len(samples),
             "task_version": found["versions"][full_name],
-            "outputs": self._write(task, name, samples),
+            "outputs": self._write(task, file, generator, samples),
         }
 
-    def _write(self, task: str, name: str, samples: list[dict[str, Any]]) -> str | None:
+    def _write(
+        self, task: str, file: str, generator: str, samples: list[dict[str, Any]]
+    ) -> str | None:
         if self.outputs is None:
             return None
         if task == "alpaca_eval":
             # https://github.com/tatsu-lab/alpaca_eval: --model_outputs
-            text = json.dumps([_alpaca(sample, name) for sample in samples], indent=1)
-            path = self.outputs / f"{name}-{task}.json"
+            text = json.dumps([_alpaca(sample, generator) for sample in samples], indent=1)
+            path = self.outputs / f"{file}.json"
         else:
             text = "".join(json.dumps(_line(sample)) + "\n" for sample in samples)
-            path = self.outputs / f"{name}-{task}.jsonl"
+            path = self.outputs / f"{file}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
         partial.write_text(text, encoding="utf-8")
@@ -139,13 +142,13 @@ def check_task(task: str, allow_code_execution: bool) -> None:
     require_sandbox()
 
 
-def _alpaca(sample: Mapping[str, Any], name: str) -> dict[str, str]:
+def _alpaca(sample: Mapping[str, Any], generator: str) -> dict[str, str]:
     document = sample["doc"]
     return {
         "dataset": document["dataset"],
         "instruction": document["instruction"],
         "output": sample["resps"][0][0].strip(),
-        "generator": name,
+        "generator": generator,
     }
 
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dare_adapters
 from dare_adapters.mask import block_size
 from dare_adapters.open_source import open_source
 from dare_eval.identity import model_identity
 from dare_eval.lm.decoder import Decoder
+from dare_eval.lm.deltas import Deltas, is_adapter
 from dare_eval.lm.evaluation import Evaluation, check_task
-from dare_eval.lm.masked_weights import masked_weights
 from dare_eval.lm.mixture import Mixture
 from dare_eval.records import Cell, Records
 
 __all__ = ["DROP_METHODS", "DropAxes", "Laboratory", "MergeAxes"]
 
 DROP_METHODS = ("dare", "drop_only", "magnitude", "masked_weights")
-
-Wearing = Callable[[], AbstractContextManager[Mixture]]
-"""Makes a mixture that a cell needs, and unmakes what it wrote for it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,8 @@ class Laboratory:
         evaluation: how each is measured.
         backend: "transformers" or "vllm".
         model_arguments: of the harness model, such as dtype and batch_size.
-        work: directory for what has to be on disk for a while; default: one that is removed.
+        work: directory for deltas while they are needed (4 bytes for each parameter of each
+            fine-tune); default: the system's for temporary files.
 
     Raises:
         RefusedCodeError, SandboxUnavailableError: as `check_task`.
@@ -124,29 +119,30 @@ class Laboratory:
         for task in tasks:
             check_task(task, evaluation.allow_code_execution)
         self.base, self.tasks, self.records = base, tasks, records
-        self.evaluation, self.backend, self._work = evaluation, backend, work
+        self.evaluation, self.backend = evaluation, backend
         self.model_arguments = dict(model_arguments or {})
-        self._decoder = Decoder(base, backend, self.model_arguments)
         self._identity = model_identity(base)
+        self._deltas = Deltas(base, work)
+        self._decoder = Decoder(base, backend, self.model_arguments)
 
     def run(self, adapters: Sequence[str], finetuned: Sequence[str]) -> None:
         """The base, adapters over it, and fine-tunes as they are, on every task."""
         experiment = "lm-run"
-        cells = self._cells(experiment, {"method": "base"}, _always(Mixture()))
+        cells = self._cells(experiment, {"method": "base"}, Mixture)
         for adapter in adapters:
             config = {"method": "adapter", "model": _adapter_identity(adapter)}
-            cells += self._cells(experiment, config, _always(Mixture((adapter,), (1.0,))))
+            cells += self._cells(experiment, config, _worn(adapter))
         for model in finetuned:
-            cells += self._finetuned_cells(experiment, model)
+            cells += self._finetuned(experiment, model)
         self._run(cells, "lm run")
 
     def drop(self, finetuned: Sequence[str], axes: DropAxes) -> None:
         """Each fine-tune under every drop rate and method, beside itself and the base."""
         experiment = "lm-drop"
-        cells = self._cells(experiment, {"method": "base"}, _always(Mixture()))
+        cells = self._cells(experiment, {"method": "base"}, Mixture)
         for model in finetuned:
             identity = model_identity(model)
-            cells += self._finetuned_cells(experiment, model)
+            cells += self._finetuned(experiment, model)
             for point in axes.points():
                 config = {"finetuned": identity, **point}
                 cells += self._cells(experiment, config, self._dropped(model, point))
@@ -155,15 +151,17 @@ class Laboratory:
     def merge(self, models: Sequence[str], axes: MergeAxes) -> None:
         """Fine-tunes or adapters over the base made one by every method, beside each alone."""
         experiment = "lm-merge"
-        identities = {model: self._any_identity(model) for model in models}
+        names = {
+            model: _adapter_identity(model) if is_adapter(model) else model_identity(model)
+            for model in models
+        }
         cells: list[Cell] = []
         for model in models:
-            config = {"method": "single", "models": [identities[model]]}
+            config = {"method": "single", "models": [names[model]]}
             cells += self._cells(experiment, config, self._merged([model], {}))
-        size = 2 if axes.pairs else len(models)
-        for chosen in itertools.combinations(models, size):
+        for chosen in itertools.combinations(models, 2 if axes.pairs else len(models)):
             for point in axes.points():
-                config = {"models": [identities[model] for model in chosen], **point}
+                config = {"models": [names[model] for model in chosen], **point}
                 cells += self._cells(experiment, config, self._merged(chosen, point))
         self._run(cells, "lm merge")
 
@@ -172,162 +170,94 @@ class Laboratory:
             self.records.run_all(cells, description)
         finally:
             self._decoder.close()
+            self._deltas.remove()
 
-    def _cells(self, experiment: str, own: Mapping[str, Any], wearing: Wearing) -> list[Cell]:
-        """One cell for each task."""
+    def _cells(
+        self,
+        experiment: str,
+        own: Mapping[str, Any],
+        mixture: Callable[[], Mixture],
+        checkpoint: str | None = None,
+    ) -> list[Cell]:
+        """One cell for each task, of a mixture over the base or over another checkpoint."""
         cells: list[Cell] = []
+        made: list[Mixture] = []
         for task in self.tasks:
-            config = self._config(experiment, task, own)
+            config = {
+                "experiment": experiment,
+                "task": task,
+                "base": self._identity,
+                "backend": self.backend,
+                "model_arguments": self.model_arguments,
+                **self.evaluation.config(),
+                **own,
+            }
 
             def measure(task: str = task, config: Mapping[str, Any] = config) -> dict[str, Any]:
-                with wearing() as mixture:
-                    return self._measure(self._decoder, mixture, task, config)
+                if not made:
+                    made.append(mixture())
+                model = self._decoder_of(checkpoint or self.base).wearing(made[0])
+                file = self.records.path(config).stem
+                return self.evaluation.measure(model, task, file, _generator(config))
 
             cells.append((config, measure))
         return cells
 
-    def _finetuned_cells(self, experiment: str, model: str) -> list[Cell]:
+    def _finetuned(self, experiment: str, model: str) -> list[Cell]:
         """A full checkpoint, loaded as it is."""
-        cells: list[Cell] = []
-        own = {"method": "finetuned", "finetuned": model_identity(model)}
-        for task in self.tasks:
-            config = self._config(experiment, task, own)
+        config = {"method": "finetuned", "finetuned": model_identity(model)}
+        return self._cells(experiment, config, Mixture, checkpoint=model)
 
-            def measure(task: str = task, config: Mapping[str, Any] = config) -> dict[str, Any]:
-                self._decoder.close()
-                decoder = Decoder(model, self.backend, self.model_arguments)
-                try:
-                    return self._measure(decoder, Mixture(), task, config)
-                finally:
-                    decoder.close()
+    def _decoder_of(self, checkpoint: str) -> Decoder:
+        """One model is in memory at a time."""
+        if self._decoder.base != checkpoint:
+            self._decoder.close()
+            self._decoder = Decoder(checkpoint, self.backend, self.model_arguments)
+        return self._decoder
 
-            cells.append((config, measure))
-        return cells
-
-    def _config(self, experiment: str, task: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "experiment": experiment,
-            "task": task,
-            "base": self._identity,
-            "backend": self.backend,
-            "model_arguments": self.model_arguments,
-            **self.evaluation.config(),
-            **own,
-        }
-
-    def _measure(
-        self, decoder: Decoder, mixture: Mixture, task: str, config: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        name = self.records.path(config).stem
-        return self.evaluation.measure(decoder.wearing(mixture), task, name)
-
-    def _dropped(self, model: str, point: Mapping[str, Any]) -> Wearing:
+    def _dropped(self, model: str, point: Mapping[str, Any]) -> Callable[[], Mixture]:
         """What is left of a fine-tune."""
+        method, rate, seed = point["method"], point["drop_rate"], point["seed"]
 
-        def wearing() -> AbstractContextManager[Mixture]:
-            if point["bits"] < 32 or point["method"] == "masked_weights":
-                return _Scratch(self._work, lambda folder: self._extracted(model, point, folder))
-            options = {"prune": point["method"], "drop_rate": point["drop_rate"]}
-            if point["mask"] is not None:
-                options |= {"mask": point["mask"], "seed": point["seed"]}
-            return _Scratch(self._work, lambda folder: self._whole([model], folder, options))
+        def mixture() -> Mixture:
+            if method == "masked_weights":
+                return _worn(self._deltas.masked(model, rate, seed, point["mask"]))()
+            if point["bits"] < 32:
+                return _worn(self._deltas.pruned(model, point))()
+            options = {"prune": method, "drop_rate": rate}
+            if method != "magnitude":
+                options |= {"mask": point["mask"], "seed": seed}
+            return Mixture((self._deltas.whole(model),), (1.0,), "linear", options)
 
-        return wearing
+        return mixture
 
-    def _merged(self, models: Sequence[str], point: Mapping[str, Any]) -> Wearing:
-        def wearing() -> AbstractContextManager[Mixture]:
+    def _merged(self, models: Sequence[str], point: Mapping[str, Any]) -> Callable[[], Mixture]:
+        """Models made one; a single one is as it is."""
+
+        def mixture() -> Mixture:
+            adapters = [m if is_adapter(m) else self._deltas.whole(m) for m in models]
             options = dict(point.get("options", {}))
             if point.get("dare"):
                 options |= {"prune": "dare", "drop_rate": point["drop_rate"]}
             if point.get("seed") is not None:
                 options["seed"] = point["seed"]
+            weights = (float(point.get("weight", 1.0)),) * len(adapters)
+            return Mixture(tuple(adapters), weights, point.get("method", "linear"), options)
 
-            def make(folder: Path) -> Mixture:
-                how = (point.get("method", "linear"), point.get("weight", 1.0))
-                return self._whole(models, folder, options, *how)
-
-            return _Scratch(self._work, make)
-
-        return wearing
-
-    def _whole(
-        self,
-        models: Sequence[str],
-        folder: Path,
-        options: Mapping[str, Any],
-        combination_type: str = "linear",
-        weight: float = 1.0,
-    ) -> Mixture:
-        """A mixture of models; of a fine-tune its whole delta is written to `folder` first."""
-        adapters = [
-            model if _is_adapter(model) else self._extract(model, folder / str(number))
-            for number, model in enumerate(models)
-        ]
-        weights = (weight,) * len(adapters)
-        return Mixture(tuple(adapters), weights, combination_type, options)
-
-    def _extracted(self, model: str, point: Mapping[str, Any], folder: Path) -> Mixture:
-        """An adapter that is written as such, rounded to a few bits."""
-        if point["method"] == "masked_weights":
-            masked = masked_weights(
-                model, folder / "masked", point["drop_rate"], point["seed"], point["mask"]
-            )
-            return Mixture((self._extract(str(masked), folder / "adapter"),), (1.0,))
-        rate = point["drop_rate"]
-        adapter = self._extract(
-            model,
-            folder / "adapter",
-            drop_rate=rate,
-            # A rate by pattern is for every parameter, also those that are else kept whole.
-            drop_rates={"*": rate},
-            bits=point["bits"],
-            method=point["method"],
-            mask=point["mask"] or "auto",
-            seed=point["seed"],
-        )
-        return Mixture((adapter,), (1.0,))
-
-    def _extract(self, model: str, out: Path, **how: Any) -> str:
-        settings = {"drop_rate": 0.0, "bits": 32, **how}
-        dare_adapters.extract(self.base, model, out, on_large_delta="ignore", **settings)
-        return str(out)
-
-    def _any_identity(self, model: str) -> Any:
-        return _adapter_identity(model) if _is_adapter(model) else model_identity(model)
+        return mixture
 
 
-class _Scratch(AbstractContextManager[Mixture]):
-    """A mixture whose adapters are in a directory of its own, which goes with it."""
-
-    def __init__(self, parent: Path | None, make: Callable[[Path], Mixture]) -> None:
-        self._parent, self._make = parent, make
-
-    def __enter__(self) -> Mixture:
-        if self._parent is not None:
-            self._parent.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="dare-eval-", dir=self._parent)
-        try:
-            return self._make(Path(self._folder.name))
-        except BaseException:
-            self._folder.cleanup()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+def _worn(adapter: str) -> Callable[[], Mixture]:
+    return lambda: Mixture((adapter,), (1.0,))
 
 
-def _always(mixture: Mixture) -> Wearing:
-    return lambda: nullcontext(mixture)
-
-
-def _is_adapter(model: str) -> bool:
-    """Whether a directory or hub id holds an adapter, not a checkpoint."""
-    folder = Path(model)
-    if folder.is_dir():
-        return (folder / "adapter_config.json").is_file()
-    from huggingface_hub import file_exists
-
-    return file_exists(model, "adapter_config.json")
+def _generator(config: Mapping[str, Any]) -> str:
+    """A name of what wrote a completion, for people."""
+    models = config.get("models") or [config.get("model") or config.get("finetuned")]
+    names = [model["name"] for model in models if model] or [config["base"]["name"]]
+    rate, seed = config.get("drop_rate"), config.get("seed")
+    how = [config["method"], f"p{rate:g}" if rate else None, f"s{seed}" if seed else None]
+    return "-".join(["+".join(names), *(word for word in how if word)])
 
 
 def _adapter_identity(adapter: str) -> dict[str, str]:
