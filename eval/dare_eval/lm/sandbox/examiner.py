@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator
+from contextlib import suppress
 from types import CodeType
 from typing import Any
 
@@ -31,12 +32,12 @@ def examine(channel: Channel, code: str, preamble: str, from_program: list[str])
         namespace: dict[str, object] = {"__name__": "tests"}
         exec(compile(preamble, "<preamble>", "exec"), namespace)
         tests = compile(code, "<tests>", "exec")
-        for name in (_names(tests) - set(dir(builtins))) | set(from_program):
-            if name in from_program or name not in namespace:
-                try:
-                    namespace[name] = program.ask("name", name)
-                except AttributeError:
-                    continue  # perhaps the tests define it; else using it is a NameError
+        used = _names(tests)
+        for name in used & set(from_program):
+            namespace[name] = program.ask("name", name)
+        for name in used - set(from_program) - set(dir(builtins)) - set(namespace):
+            with suppress(AttributeError):  # perhaps the tests define it; else using it fails
+                namespace[name] = program.ask("name", name)
         exec(tests, namespace)
     except ChannelClosedError:
         return "the program ended before its tests did"
