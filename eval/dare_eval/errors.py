@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dare_adapters.errors import DareError
 
-__all__ = ["DataNotFoundError", "RecordError"]
+__all__ = ["DataNotFoundError", "RecordError", "SandboxUnavailableError"]
 
 
 class DataNotFoundError(DareError, FileNotFoundError):
@@ -13,3 +13,7 @@ class DataNotFoundError(DareError, FileNotFoundError):
 
 class RecordError(DareError):
     """A record is damaged or is of another cell, or there are none to make a report of."""
+
+
+class SandboxUnavailableError(DareError):
+    """Generated programs cannot be contained on this machine; the message says what is missing."""

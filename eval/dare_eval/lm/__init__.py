@@ -1,0 +1,1 @@
+"""Decoders: GSM8K, MATH, HumanEval, MBPP and AlpacaEval through lm-evaluation-harness."""
