@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
 
-.PHONY: help setup demo glue test test-slow test-mergekit test-vllm check bench bench-merge mixed-batch clean
+.PHONY: help setup demo encoder glue test test-slow test-mergekit test-vllm check bench bench-merge mixed-batch clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DI
 	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --selection-rows 64 --drop-rates 0.9
 	$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875
 	$(EVAL) report $(GLUE)/records --out $(GLUE)/report
+
+encoder: setup ## MiniLM on SST-2, five mask seeds; ARGS="--data-dir DIR --finetuned DIR"
+	$(BIN)/python examples/encoder_sst2.py $(ARGS)
 
 test: setup check ## everything in tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadscope
