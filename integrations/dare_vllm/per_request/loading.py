@@ -1,0 +1,160 @@
+"""From a request's path to packed terms: what a worker does when an adapter is loaded.
+
+A path is a directory, a hub id, or, for the mixes that clients name, a description of several
+(:func:`mix_path`). All that could be wrong is found here, before a step needs the adapter: an
+exception inside a step ends vLLM's engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from tqdm import tqdm
+
+from dare_adapters.checkpoint import read_json
+from dare_adapters.combine.mix import is_mix
+from dare_adapters.config import CONFIG_NAME
+from dare_adapters.errors import AdapterFormatError, DareError
+from dare_adapters.open_source import open_source
+from dare_adapters.source import DeltaSource
+from dare_vllm.per_request.base_check import check_base
+from dare_vllm.per_request.model_sites import ModelSites
+from dare_vllm.per_request.packed_adapter import PackedAdapter, Term, pack_adapter
+from dare_vllm.per_request.refusal import AdapterRefusedError
+
+__all__ = ["Loader", "mix_path", "parts_of"]
+
+MIX_SCHEME = "dare-mix:"
+# Opened adapters that are remembered after their memory was given back: a mapped file each.
+REMEMBERED = 1024
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source that was verified, its key for sharing, and the factor it is added with."""
+
+    source: DeltaSource
+    key: str
+    weight: float
+
+
+def mix_path(parts: Sequence[tuple[str, float]]) -> str:
+    """The path of a LoRARequest that stands for a weighted sum of adapters.
+
+    Args:
+        parts: (path of an adapter, weight).
+    """
+    return MIX_SCHEME + json.dumps([[path, weight] for path, weight in parts])
+
+
+def parts_of(path: str) -> list[tuple[str, float]] | None:
+    """The paths and weights of a DARE adapter or of a mix; None: it is no such thing.
+
+    Args:
+        path: of a LoRARequest.
+
+    Raises:
+        AdapterFormatError: a description of a mix, or an adapter's config, cannot be read.
+    """
+    if path.startswith(MIX_SCHEME):
+        try:
+            parts = [
+                (str(one), float(weight)) for one, weight in json.loads(path[len(MIX_SCHEME) :])
+            ]
+        except (ValueError, TypeError) as error:
+            raise AdapterFormatError(f"{path!r:.200} describes no mix ({error})") from error
+        if not parts or not all(math.isfinite(weight) for _, weight in parts):
+            raise AdapterFormatError(f"{path!r:.200} describes no mix of finite weights")
+        return parts
+    return [(path, 1.0)] if _is_dare(path) else None
+
+
+def _is_dare(path: str) -> bool:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    config = Path(get_adapter_absolute_path(path)) / CONFIG_NAME
+    if not config.is_file():
+        return False  # vLLM says what is missing
+    return read_json(config, AdapterFormatError).get("peft_type") == "DARE"
+
+
+class Loader:
+    """Loads adapters for one model, and remembers what it opened.
+
+    Args:
+        sites: of the model.
+    """
+
+    def __init__(self, sites: ModelSites) -> None:
+        self.sites = sites
+        self._opened: OrderedDict[int, list[_Opened]] = OrderedDict()
+        self._packed: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
+
+    def load(self, request: Any) -> list[Term] | None:
+        """The terms of a request's adapter; None: it is none of ours.
+
+        An adapter that vLLM evicted comes back from the file that was opened and checked, even
+        if that was deleted since.
+
+        Args:
+            request: vLLM's `LoRARequest`.
+
+        Raises:
+            AdapterRefusedError: it cannot be served; the message says why.
+        """
+        try:
+            opened = None if request.load_inplace else self._opened.get(request.lora_int_id)
+            if opened is None:
+                parts = parts_of(request.lora_path)
+                if parts is None:
+                    return None
+                opened = [self._open(path, weight) for path, weight in parts]
+                terms = [Term(self._pack(one), one.weight) for one in opened]
+                self._remember(request.lora_int_id, opened)
+                return terms
+            return [Term(self._pack(one), one.weight) for one in opened]
+        except DareError as error:
+            raise AdapterRefusedError(request.lora_name, str(error)) from error
+
+    def forget(self, lora_int_id: int) -> None:
+        """Close what was opened for a request's adapter."""
+        self._opened.pop(lora_int_id, None)
+
+    def packed(self) -> list[PackedAdapter]:
+        """All adapters in memory."""
+        return list(self._packed.values())
+
+    def _open(self, path: str, weight: float) -> _Opened:
+        from vllm.lora.utils import get_adapter_absolute_path
+
+        directory = Path(get_adapter_absolute_path(path))
+        config = directory / CONFIG_NAME
+        if config.is_file() and not is_mix(read := read_json(config, AdapterFormatError)):
+            kind = read.get("peft_type")
+            if kind != "DARE":
+                raise AdapterFormatError(f"{path} is a {kind!r:.40}; mixes are of DARE adapters")
+        source = open_source(directory)
+        check_base(source, self.sites)
+        key = hashlib.sha256(config.read_bytes() + source.identity.encode()).hexdigest()
+        return _Opened(source, key, weight)
+
+    def _pack(self, opened: _Opened) -> PackedAdapter:
+        packed = self._packed.get(opened.key)
+        if packed is None:
+            with tqdm(total=len(opened.source), desc="packing", delay=2, leave=False) as progress:
+                packed = pack_adapter(opened.source, self.sites, lambda: progress.update())
+            self._packed[opened.key] = packed
+        return packed
+
+    def _remember(self, lora_int_id: int, opened: list[_Opened]) -> None:
+        self._opened[lora_int_id] = opened
+        while len(self._opened) > REMEMBERED:
+            self._opened.popitem(last=False)
