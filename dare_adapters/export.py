@@ -22,9 +22,10 @@ from dare_adapters.errors import (
 )
 from dare_adapters.output import complete_directory, require_space
 from dare_adapters.parallel import worker_pool
-from dare_adapters.witness import decode_witness
+from dare_adapters.source import DeltaSource
+from dare_adapters.witness import decode_witness, matches
 
-__all__ = ["check_base_checkpoint", "export"]
+__all__ = ["check_base_checkpoint", "export", "main_dtype"]
 
 
 def export(
@@ -86,36 +87,44 @@ def export(
     return Path(out)
 
 
-def check_base_checkpoint(base: Checkpoint, adapter: Adapter) -> None:
-    """Compare a checkpoint's sampled values with the adapter's witness.
+def check_base_checkpoint(
+    base: Checkpoint, source: DeltaSource, *, allow_cast: bool = False
+) -> None:
+    """Compare a checkpoint's sampled values with the witness of an adapter.
+
+    Args:
+        base: the checkpoint.
+        source: the adapter, or several combined.
+        allow_cast: take values that were rounded to another dtype for the same.
 
     Raises:
         BaseMismatchError: which parameters differ, and how far.
     """
     wrong: list[tuple[float, str]] = []
-    lacking = [name for name in adapter.config.witness if name not in base]
+    witness, made_over = source.witness, source.base_model_name_or_path
+    lacking = [name for name in witness if name not in base]
     if lacking:
         raise BaseMismatchError(
-            f"{base.path} is not the base of {adapter.path}: it lacks {len(lacking)} of its "
-            f"{len(adapter.config.witness)} parameters ({', '.join(lacking[:6])}). It was "
-            f"extracted over {adapter.config.base_model_name_or_path!r}"
+            f"{base.path} is not the base of {source.label}: it lacks {len(lacking)} of its "
+            f"{len(witness)} parameters ({', '.join(lacking[:6])}). It was extracted over "
+            f"{made_over!r}"
         )
-    for name, text in adapter.config.witness.items():
+    for name, text in witness.items():
         positions, expected = decode_witness(name, text)
         value = base[name].reshape(-1)
         if len(positions) and int(positions.max()) >= len(value):
             wrong.append((float("inf"), name))
             continue
         found = value[positions]
-        if not torch.equal(found.to(torch.float64), expected.to(torch.float64)):
+        same = torch.equal(found.to(torch.float64), expected.to(torch.float64))
+        if not same and not (allow_cast and bool(matches(expected, found).all())):
             wrong.append((float((found.double() - expected.double()).abs().max()), name))
     if wrong:
         wrong.sort(reverse=True)
         worst = ", ".join(f"{name} (off by {off:.2g})" for off, name in wrong[:6])
         raise BaseMismatchError(
-            f"{base.path} is not the base of {adapter.path}: {len(wrong)} of "
-            f"{len(adapter.config.witness)} sampled parameters differ, most of all {worst}. It was "
-            f"extracted over {adapter.config.base_model_name_or_path!r}"
+            f"{base.path} is not the base of {source.label}: {len(wrong)} of {len(witness)} "
+            f"sampled parameters differ, most of all {worst}. It was extracted over {made_over!r}"
         )
 
 
@@ -167,7 +176,7 @@ def _shards(
         for _, own in sorted(base.shards.items())
     ]
     shards = [tensors for tensors in shards if tensors] or [[]]
-    dtype = _main_dtype(base)
+    dtype = main_dtype(base)
     for name, entry in adapter.config.parameters.items():
         if entry.kind == "new":
             value = _new(adapter, name, dtype)
@@ -197,7 +206,7 @@ def _new(adapter: Adapter, name: str, dtype: torch.dtype) -> torch.Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _main_dtype(base: Checkpoint) -> torch.dtype:
+def main_dtype(base: Checkpoint) -> torch.dtype:
     """The dtype that most of the base's numbers have."""
     sizes: Counter[torch.dtype] = Counter()
     for info in base.info.values():
@@ -217,6 +226,6 @@ def _write_companions(directory: Path, base: Checkpoint, adapter: Adapter) -> No
     config = read_json(config_file, AdapterFormatError) if stored else dict(base.config)
     if not config:
         return
-    config["dtype"] = str(_main_dtype(base)).removeprefix("torch.")
+    config["dtype"] = str(main_dtype(base)).removeprefix("torch.")
     config.pop("torch_dtype", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

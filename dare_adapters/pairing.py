@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from dare_adapters.checkpoint import Checkpoint
 from dare_adapters.errors import CheckpointMismatchError
 from dare_adapters.live import LEGACY_SUFFIXES
 
-__all__ = ["Pairing", "pair_parameters"]
+__all__ = ["TIED_HEADS", "Pairing", "embedding_name", "pair_parameters"]
 
 TIED_HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 LISTED = 12
@@ -182,7 +182,7 @@ def _drop_tied_copies(base: Checkpoint, finetuned: Checkpoint, pairing: Pairing)
     """Where both store the tied head as well as the embedding, one delta is enough."""
     for name in TIED_HEADS:
         if name in pairing.common and base.tied and finetuned.tied:
-            embedding = _embedding(base, pairing)
+            embedding = embedding_name(pairing.common)
             if embedding and _same(finetuned, pairing.common[name], pairing.common[embedding]):
                 del pairing.common[name]
                 pairing.ignored.append(name)
@@ -197,8 +197,9 @@ def _tied_copies(holder: Checkpoint, other: Checkpoint, pairing: Pairing) -> lis
     ]
 
 
-def _embedding(base: Checkpoint, pairing: Pairing) -> str | None:
-    for name in pairing.common:
+def embedding_name(names: Iterable[str]) -> str | None:
+    """The first of these that is an input embedding, as checkpoints call them."""
+    for name in names:
         if re.search(r"(embed_tokens|word_embeddings|wte|embed_in|shared)\.weight$", name):
             return name
     return None

@@ -19,7 +19,7 @@ from dare_adapters.open_source import open_source
 from dare_adapters.source import BaseReader, DeltaSource, Renamed
 from dare_adapters.store import save_source
 
-__all__ = ["combine"]
+__all__ = ["combination_of", "combine", "open_adapters"]
 
 
 def combine(
@@ -75,27 +75,19 @@ def combine(
         BaseMismatchError: the adapters are of different bases.
         AdapterNotFoundError, AdapterFormatError, AdapterExistsError, DareError: as they say.
     """
-    if not adapters:
-        raise CombinationError("there is no adapter in an empty list")
-    weights = [1.0] * len(adapters) if weights is None else [_number(w) for w in weights]
-    method = get_method(combination_type)
-    method.check(options, len(adapters))
-    sources = [
-        item if isinstance(item, DeltaSource) else open_source(item, token=token)
-        for item in adapters
-    ]
-    if method.statistics and statistics is None:
-        statistics = [_own_statistics(source, method.statistics) for source in sources]
-    combination = Combination(
-        align_names(sources),
+    if adapters:  # before anything is downloaded
+        get_method(combination_type).check(options, len(adapters))
+    sources = open_adapters(adapters, token)
+    combination = combination_of(
+        sources,
         weights,
-        combination_type,
-        options,
+        combination_type=combination_type,
         seed=seed,
         mask=mask,
         prune=prune,
         drop_rate=drop_rate,
         statistics=statistics,
+        **options,
     )
     if as_mix:
         return write_mix(combination, sources, out, overwrite=overwrite)
@@ -118,6 +110,59 @@ def combine(
         workers=workers,
         overwrite=overwrite,
         progress=progress,
+    )
+
+
+def open_adapters(
+    adapters: Sequence[str | Path | DeltaSource], token: str | bool | None = None
+) -> list[DeltaSource]:
+    """Directories and hub ids opened, what is open already as it is.
+
+    Raises:
+        CombinationError: there are none.
+        AdapterNotFoundError, AdapterFormatError, DareError: as `open_source` says.
+    """
+    if not adapters:
+        raise CombinationError("there is no adapter in an empty list")
+    return [
+        item if isinstance(item, DeltaSource) else open_source(item, token=token)
+        for item in adapters
+    ]
+
+
+def combination_of(
+    sources: Sequence[DeltaSource],
+    weights: Sequence[float] | None = None,
+    *,
+    combination_type: str = "linear",
+    seed: int = 0,
+    mask: str = "auto",
+    prune: str | None = None,
+    drop_rate: float | None = None,
+    statistics: Sequence[Statistics] | None = None,
+    **options: Any,
+) -> Combination:
+    """Opened adapters as one source, computed as it is read; arguments as those of `combine`.
+
+    Raises:
+        CombinationError: an unknown method or option, a value out of range, no statistics.
+        BaseMismatchError: the adapters are of different bases.
+    """
+    weights = [1.0] * len(sources) if weights is None else [_number(w) for w in weights]
+    method = get_method(combination_type)
+    method.check(options, len(sources))
+    if method.statistics and statistics is None:
+        statistics = [_own_statistics(source, method.statistics) for source in sources]
+    return Combination(
+        align_names(sources),
+        weights,
+        combination_type,
+        options,
+        seed=seed,
+        mask=mask,
+        prune=prune,
+        drop_rate=drop_rate,
+        statistics=statistics,
     )
 
 
