@@ -37,6 +37,10 @@ MIX_SCHEME = "dare-mix:"
 REMEMBERED = 1024
 
 
+class UnsupportedEngineError(DareError):
+    """The engine's configuration can serve no adapter per request."""
+
+
 @dataclass(frozen=True)
 class _Opened:
     """A source that was verified, its key for sharing, and the factor it is added with."""
@@ -91,10 +95,11 @@ class Loader:
 
     Args:
         sites: of the model.
+        obstacles: why the engine can serve no adapter at all; empty: it can.
     """
 
-    def __init__(self, sites: ModelSites) -> None:
-        self.sites = sites
+    def __init__(self, sites: ModelSites, obstacles: str = "") -> None:
+        self.sites, self.obstacles = sites, obstacles
         self._opened: OrderedDict[int, list[_Opened]] = OrderedDict()
         self._packed: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
 
@@ -116,12 +121,14 @@ class Loader:
                 parts = parts_of(request.lora_path)
                 if parts is None:
                     return None
+                if self.obstacles:
+                    raise UnsupportedEngineError(self.obstacles)
                 opened = [self._open(path, weight) for path, weight in parts]
                 terms = [Term(self._pack(one), one.weight) for one in opened]
                 self._remember(request.lora_int_id, opened)
                 return terms
             return [Term(self._pack(one), one.weight) for one in opened]
-        except DareError as error:
+        except (DareError, OSError) as error:
             raise AdapterRefusedError(request.lora_name, str(error)) from error
 
     def forget(self, lora_int_id: int) -> None:
@@ -150,7 +157,7 @@ class Loader:
         packed = self._packed.get(opened.key)
         if packed is None:
             with tqdm(total=len(opened.source), desc="packing", delay=2, leave=False) as progress:
-                packed = pack_adapter(opened.source, self.sites, lambda: progress.update())
+                packed = pack_adapter(opened.source, self.sites, progress.update)
             self._packed[opened.key] = packed
         return packed
 

@@ -47,9 +47,12 @@ class ModelSites:
         model: a model of vLLM's, its layers wrapped for LoRA.
         packed: fused layer -> the checkpoint's names of what it holds.
         rows: where slots are told.
+        wrap: False leaves the model as it is: nothing has a place then.
     """
 
-    def __init__(self, model: Any, packed: dict[str, list[str]], rows: RowSlots) -> None:
+    def __init__(
+        self, model: Any, packed: dict[str, list[str]], rows: RowSlots, *, wrap: bool = True
+    ) -> None:
         self.model, self.rows = model, rows
         self._packed = packed
         mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -58,7 +61,7 @@ class ModelSites:
         self._elsewhere: list[str] = []  # layers of other pipeline stages
         self._sites: dict[tuple[int, type[Site]], Site] = {}
         self._kinds: dict[int, str] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in list(model.named_modules(remove_duplicate=False)) if wrap else ():
             self._take(name, module)
         config = model.config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -204,43 +207,59 @@ _VOCABULARY = ("embedding", "head")
 
 def _kind_of(module: Any) -> str | None:
     """What kind of layer a module is: only those of which the slicing is known; None: another."""
-    from vllm.model_executor.layers import layernorm, linear
-    from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(module, linear.LinearBase):
-        for kind, base in (
-            ("qkv", linear.QKVParallelLinear),
-            ("merged", linear.MergedColumnParallelLinear),
-            ("column", linear.ColumnParallelLinear),
-            ("row", linear.RowParallelLinear),
-            ("replicated", linear.ReplicatedLinear),
-        ):
-            if isinstance(module, base):
-                if _inherits(module, base, "forward", *_SLICING):
-                    return kind
-                alone = kind == "replicated" and _inherits(module, base, *_SLICING)
-                return "replicated+" if alone else None
-        return None
-    if isinstance(module, vocabulary.VocabParallelEmbedding):
-        head = isinstance(module, vocabulary.ParallelLMHead)
-        if module.num_added_embeddings or not _inherits(
-            module, vocabulary.VocabParallelEmbedding, "_get_indices", "weight_loader"
-        ):
-            return None
-        return "head" if head else "embedding"
-    if isinstance(module, layernorm.GemmaRMSNorm):
-        return "gemma_rms_norm" if _inherits(module, layernorm.GemmaRMSNorm, *_NATIVE) else None
-    if isinstance(module, layernorm.RMSNorm) and module.has_weight:
-        return "rms_norm" if _inherits(module, layernorm.RMSNorm, *_NATIVE) else None
-    affine = getattr(module, "weight", None) is not None
-    if isinstance(module, torch.nn.LayerNorm) and affine and module.weight.dim() == 1:
-        return "layer_norm" if _inherits(module, torch.nn.LayerNorm, "forward") else None
-    if isinstance(module, layernorm.LayerNorm) and affine:
-        return "layer_norm" if _inherits(module, layernorm.LayerNorm, *_NATIVE) else None
+        return _linear_kind(module)
+    if isinstance(module, VocabParallelEmbedding):
+        return _vocabulary_kind(module)
+    weight = getattr(module, "weight", None)
+    return _norm_kind(module) if weight is not None and weight.dim() == 1 else None
+
+
+def _linear_kind(module: Any) -> str | None:
+    from vllm.model_executor.layers import linear
+
+    for kind, base in (
+        ("qkv", linear.QKVParallelLinear),
+        ("merged", linear.MergedColumnParallelLinear),
+        ("column", linear.ColumnParallelLinear),
+        ("row", linear.RowParallelLinear),
+        ("replicated", linear.ReplicatedLinear),
+    ):
+        if isinstance(module, base):
+            if not _inherits(module, base, *_SLICING):
+                return None
+            if _inherits(module, base, "forward"):
+                return kind
+            return "replicated+" if kind == "replicated" else None
     return None
 
 
-_NATIVE = ("forward_native",)
+def _vocabulary_kind(module: Any) -> str | None:
+    from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
+
+    own = _inherits(module, vocabulary.VocabParallelEmbedding, "_get_indices", "weight_loader")
+    if module.num_added_embeddings or not own:
+        return None
+    return "head" if isinstance(module, vocabulary.ParallelLMHead) else "embedding"
+
+
+def _norm_kind(module: Any) -> str | None:
+    from vllm.model_executor.layers import layernorm
+
+    for kind, base, forward in (
+        ("gemma_rms_norm", layernorm.GemmaRMSNorm, "forward_native"),
+        ("rms_norm", layernorm.RMSNorm, "forward_native"),
+        ("layer_norm", layernorm.LayerNorm, "forward_native"),
+        ("layer_norm", torch.nn.LayerNorm, "forward"),
+    ):
+        if isinstance(module, base) and getattr(module, "has_weight", True):
+            return kind if _inherits(module, base, forward) else None
+    return None
+
+
 _SLICING = ("weight_loader", "weight_loader_v2", "_get_shard_offset_mapping")
 
 

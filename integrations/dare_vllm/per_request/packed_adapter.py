@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from dare_vllm.per_request.model_sites import ModelSites, NoPlaceError, Place
 from dare_vllm.per_request.refusal import listed
 from dare_vllm.per_request.sites import Change, Site
 
-__all__ = ["PackedAdapter", "Term", "fill_slot", "pack_adapter"]
+__all__ = ["PackedAdapter", "Term", "bytes_of", "fill_slot", "pack_adapter"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which rows and columns of a checkpoint's parameter a tensor-parallel rank's layer holds, and where.
+"""Which rows and columns of a checkpoint's parameter a rank's layer holds, and where.
 
 The arithmetic is that of vLLM's own weight loaders (`model_executor/layers/linear.py` and
 `vocab_parallel_embedding.py`), from the same attributes of the layer.

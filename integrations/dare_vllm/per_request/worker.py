@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
-from dare_adapters.errors import DareError
+from dare_vllm.per_request.engine_check import engine_obstacles
 from dare_vllm.per_request.loading import Loader
 from dare_vllm.per_request.model_sites import ModelSites
-from dare_vllm.per_request.packed_adapter import Term, fill_slot
+from dare_vllm.per_request.packed_adapter import Term, bytes_of, fill_slot
 from dare_vllm.per_request.prompt_scoring import hook_prompt_scoring
+from dare_vllm.per_request.residency import Residency
 from dare_vllm.per_request.slots import RowSlots
 
 __all__ = ["Serving", "hook_worker", "serving_of"]
-
-
-class UnsupportedEngineError(DareError, ValueError):
-    """The engine's configuration cannot serve adapters per request."""
 
 
 class Serving:
@@ -25,8 +23,26 @@ class Serving:
     def __init__(self, manager: Any) -> None:
         wrapper = manager._get_punica_wrapper(_language_prefix(manager))
         self.rows = RowSlots(wrapper, manager.lora_slots)
-        self.sites = ModelSites(manager.model, manager.packed_modules_mapping, self.rows)
-        self.loader = Loader(self.sites)
+        obstacles = engine_obstacles()
+        packed = manager.packed_modules_mapping
+        self.sites = ModelSites(manager.model, packed, self.rows, wrap=not obstacles)
+        self.loader = Loader(self.sites, obstacles)
+        self.residency = Residency(rank=_rank(), slots=manager.lora_slots)
+
+    def empty(self, slot: int) -> None:
+        """Make rows of a slot the base's."""
+        self.sites.clear(slot)
+        self.rows.holds_lora[slot] = False
+
+    def publish(self, manager: Any) -> None:
+        """Tell what is held now."""
+        held = [m for m in manager._registered_adapters.cache.values() if hasattr(m, "dare_terms")]
+        active = [manager._registered_adapters.cache.get(i) for i in manager.lora_index_to_id]
+        packed = {model.dare_name: [t.adapter for t in model.dare_terms] for model in held}
+        self.residency.adapters = {name: bytes_of(own) for name, own in packed.items()}
+        self.residency.resident_bytes = bytes_of(one for own in packed.values() for one in own)
+        self.residency.slots_used = sum(hasattr(model, "dare_terms") for model in active)
+        self.residency.publish()
 
 
 def serving_of(manager: Any) -> Serving:
@@ -43,15 +59,16 @@ def hook_worker() -> None:
     class DareModel(LoRAModel):  # type: ignore[misc]
         """What vLLM's caches hold of a DARE adapter: no LoRA of any layer, and its terms."""
 
-        def __init__(self, lora_model_id: int, terms: list[Term]) -> None:
+        def __init__(self, lora_model_id: int, name: str, terms: list[Term]) -> None:
             super().__init__(lora_model_id, rank=1, loras={})
-            self.terms = terms
+            self.dare_name, self.dare_terms = name, terms
 
     manager_class = model_manager.LoRAModelManager
     stock_create = manager_class._create_lora_modules
     stock_add = manager_class._add_adapter
     stock_activate = manager_class.activate_adapter
     stock_deactivate = manager_class._deactivate_adapter
+    stock_remove = manager_class.remove_adapter
     stock_remove_all = manager_class.remove_all_adapters
     stock_load = worker_manager.WorkerLoRAManager._load_adapter
 
@@ -63,10 +80,13 @@ def hook_worker() -> None:
 
     @functools.wraps(stock_load)
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        terms = serving_of(self._adapter_manager).loader.load(lora_request)
+        serving = serving_of(self._adapter_manager)
+        start = time.perf_counter()
+        terms = serving.loader.load(lora_request)
         if terms is None:
             return stock_load(self, lora_request)
-        return DareModel(lora_request.lora_int_id, terms)
+        serving.residency.count_load(time.perf_counter() - start)
+        return DareModel(lora_request.lora_int_id, lora_request.lora_name, terms)
 
     @functools.wraps(stock_add)
     def add_adapter(self: Any, lora: Any) -> None:
@@ -81,31 +101,46 @@ def hook_worker() -> None:
         if activated:
             serving, model = serving_of(self), self._registered_adapters[lora_id]
             slot = self.lora_index_to_id.index(lora_id)
-            fill_slot(slot, model.terms if isinstance(model, DareModel) else (), serving.sites)
             serving.rows.holds_lora[slot] = not isinstance(model, DareModel)
+            if isinstance(model, DareModel):
+                start = time.perf_counter()
+                fill_slot(slot, model.dare_terms, serving.sites)
+                serving.residency.count_swap(time.perf_counter() - start)
+                serving.publish(self)
         return activated
 
     @functools.wraps(stock_deactivate)
     def deactivate_adapter(self: Any, lora_id: int) -> None:
-        slot = self.lora_index_to_id.index(lora_id) if lora_id in self.lora_index_to_id else None
+        if lora_id in self.lora_index_to_id:
+            serving_of(self).empty(self.lora_index_to_id.index(lora_id))
         stock_deactivate(self, lora_id)
-        if slot is not None:
-            serving_of(self).sites.clear(slot)
-            serving_of(self).rows.holds_lora[slot] = False
+
+    @functools.wraps(stock_remove)
+    def remove_adapter(self: Any, adapter_id: int) -> bool:
+        removed: bool = stock_remove(self, adapter_id)
+        serving_of(self).publish(self)
+        return removed
 
     @functools.wraps(stock_remove_all)
     def remove_all_adapters(self: Any) -> None:
         stock_remove_all(self)
         for slot in range(self.lora_slots):
-            serving_of(self).sites.clear(slot)
-            serving_of(self).rows.holds_lora[slot] = False
+            serving_of(self).empty(slot)
+        serving_of(self).publish(self)
 
     manager_class._create_lora_modules = create_lora_modules
     manager_class._add_adapter = add_adapter
     manager_class.activate_adapter = activate_adapter
     manager_class._deactivate_adapter = deactivate_adapter
+    manager_class.remove_adapter = remove_adapter
     manager_class.remove_all_adapters = remove_all_adapters
     worker_manager.WorkerLoRAManager._load_adapter = load_adapter
+
+
+def _rank() -> int:
+    from vllm.distributed import get_world_group
+
+    return int(get_world_group().rank)
 
 
 def _language_prefix(manager: Any) -> str:
