@@ -29,6 +29,7 @@ from dare_adapters.errors import (
 )
 from dare_adapters.export import check_base_checkpoint, main_dtype
 from dare_adapters.lora import LoraAdapter
+from dare_adapters.pairing import TIED_HEADS, embedding_name
 from dare_adapters.parallel import worker_pool
 from dare_adapters.source import DeltaSource, Renamed
 
@@ -65,10 +66,13 @@ class MergedWeights:
         base: the base's checkpoint.
         source: the deltas, or None: the base alone.
         check_base: compare sampled values of the base with the adapters' witness.
+        untied: whether the model has a head of its own although the base's config ties it, as
+            vLLM builds where the base's checkpoint stores both.
 
     Attributes:
-        shapes: name -> shape of every tensor that :meth:`stream` makes of the base's checkpoint.
-        changed: base names whose tensors differ from the base's.
+        shapes: name -> shape of every tensor that :meth:`stream` makes.
+        changed: base names of the parameters that get a delta.
+        copies: base names of heads that repeat the embedding -> the embedding's.
 
     Raises:
         BaseMismatchError: it is not the adapters' base.
@@ -79,9 +83,15 @@ class MergedWeights:
     """
 
     def __init__(
-        self, base: Checkpoint, source: DeltaSource | None, *, check_base: bool = True
+        self,
+        base: Checkpoint,
+        source: DeltaSource | None,
+        *,
+        check_base: bool = True,
+        untied: bool = False,
     ) -> None:
         self.base = base
+        self.copies: dict[str, str] = {}
         self.source: DeltaSource | None = source and align_to(source, set(base))
         self._new: dict[str, str] = {}
         self._left_out: set[str] = set()
@@ -94,6 +104,12 @@ class MergedWeights:
                 check_base_checkpoint(base, self.source, allow_cast=True)
             _warn_of_configs(base, adapters)
         self.changed = [n for n in self.source or () if n not in self._new]
+        embedding = embedding_name(base)
+        if untied and base.tied and embedding in self.changed:
+            # Of a tied head that both fine-tune and base store, an adapter has one delta.
+            heads = self._left_out.intersection(TIED_HEADS)
+            self.copies = {head: embedding for head in heads if embedding is not None}
+            self._left_out -= self.copies.keys()
         self.shapes = self._shapes()
 
     def stream(
@@ -114,7 +130,9 @@ class MergedWeights:
                 lacking.discard(name)
                 if name in self.base and (name in self._left_out or name in self._new):
                     continue
-                yield self.renamed(name), self.merged(name, tensor, pool)
+                copied = self.copies.get(name, name)
+                given = tensor if copied == name else self.base[copied]
+                yield self.renamed(name), self.merged(copied, given, pool)
         lacking = {name for name in lacking if not may_lack(name)}
         if lacking:
             raise CheckpointMismatchError(
@@ -244,6 +262,8 @@ class MergedWeights:
             delta = self.delta(name)
             assert delta is not None
             found[self.renamed(name)] = self._merged_shape(delta)
+        for name, copied in self.copies.items():
+            found[self.renamed(name)] = found[self.renamed(copied)]
         for name, own in self._new.items():
             found[own] = tuple(self.new_value(name).shape)
         return found

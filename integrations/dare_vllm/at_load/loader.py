@@ -23,7 +23,7 @@ from dare_vllm.mixture import Mixture
 __all__ = ["PLAIN_WEIGHTS", "DareModelLoader"]
 
 PLAIN_WEIGHTS = "plain_weights"
-"""Our own switch in `model_loader_extra_config`: keep CPU weights where a sparse swap finds them."""
+"""A switch in `model_loader_extra_config`: keep CPU weights where a sparse swap finds them."""
 
 
 class DareModelLoader(DefaultModelLoader):
@@ -110,9 +110,14 @@ class DareModelLoader(DefaultModelLoader):
             UnsupportedParameterError: the model ties what an adapter sets apart.
         """
         base = base or self.open_base(model_config)
-        merged = MergedWeights(base, self.mixture.open(), check_base=self.mixture.check_base)
+        config: Any = model_config.hf_config
+        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        merged = MergedWeights(
+            base, self.mixture.open(), check_base=self.mixture.check_base, untied=not tied
+        )
         _check_vocabulary(merged, model_config)
-        _check_tied(merged, model_config)
+        if tied:
+            _check_no_head(merged)
         return merged
 
 
@@ -128,13 +133,9 @@ def _check_vocabulary(merged: MergedWeights, model_config: ModelConfig) -> None:
             )
 
 
-def _check_tied(merged: MergedWeights, model_config: ModelConfig) -> None:
+def _check_no_head(merged: MergedWeights) -> None:
     """Refuse a head that the model would leave out, because it has none of its own."""
-    config: Any = model_config.hf_config
-    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
-        return
-    heads = [*merged.new.values(), *(merged.renamed(name) for name in merged.changed)]
-    for name in heads:
+    for name in [*merged.new.values(), *(merged.renamed(name) for name in merged.changed)]:
         if name.split(".")[-2:] == ["lm_head", "weight"]:
             raise UnsupportedParameterError(
                 f"{name} is changed by {merged.source and merged.source.label}, but the model ties "

@@ -1,0 +1,115 @@
+"""Whether a running model's weights lie where a sparse write will look for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dare_adapters.errors import BaseMismatchError, UnsupportedParameterError
+
+__all__ = ["check_layout", "refresh_packed_copies", "sparse_obstacle"]
+
+# What keeps plain weights under their own shape, where the platform does.
+_PLAIN_METHODS = {
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod",
+}
+_ADVICE = "swap with route='reload'"
+
+
+def sparse_obstacle(model: nn.Module, model_config: Any) -> str | None:
+    """Why touched entries alone cannot be written in this model; None: nothing is known of."""
+    if model_config.quantization is not None:
+        return f"the model is quantised ({model_config.quantization})"
+    if model_config.use_mla:
+        return "its attention (MLA) keeps weights that are computed from others"
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is None:
+            continue
+        if type(method).__name__ not in _PLAIN_METHODS:
+            return f"{name} stores its weights as {type(method).__name__} does"
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.numel() == 0 and weight.dim() == 1:
+            return (
+                f"{name} is packed for the CPU; load with model_loader_extra_config="
+                '{"plain_weights": true} to keep weights plain'
+            )
+    return None
+
+
+def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Compare a tensor of the checkpoint with what the model has, by way of its own loader.
+
+    Nothing is changed: the loader's final copies are compared instead of made.
+
+    Args:
+        name: checkpoint name.
+        tensor: what the model should have, whole.
+
+    Raises:
+        UnsupportedParameterError: the loader does not copy it entry by entry.
+        BaseMismatchError: the model has other values.
+    """
+    before = {own: weight.data_ptr() for own, weight in model.named_parameters()}
+    with _comparing() as compared:
+        try:
+            loaded = model.load_weights([(name, tensor)])  # type: ignore[operator]
+        except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise UnsupportedParameterError(
+                f"{name} is stored otherwise in the running model than in the checkpoint "
+                f"({error}); {_ADVICE}"
+            ) from error
+    after = {own: weight.data_ptr() for own, weight in model.named_parameters()}
+    here = loaded is None or bool(set(loaded))
+    if before != after or (here and not compared):
+        raise UnsupportedParameterError(
+            f"{name} is loaded in a way of its own, not by copying; {_ADVICE}"
+        )
+    wrong = sum(compared)
+    if wrong:
+        raise BaseMismatchError(
+            f"the running model differs from base and mixture in {wrong} entries of {name}: it is "
+            f"stored otherwise than in the checkpoint, or was changed by other means; {_ADVICE}"
+        )
+
+
+def refresh_packed_copies(model: nn.Module) -> None:
+    """Make again what the CPU keeps of embeddings and heads beside their plain weights."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(method).__name__ == "UnquantizedEmbeddingMethod":
+            assert method is not None
+            method.process_weights_after_loading(module)
+
+
+@contextmanager
+def _comparing() -> Iterator[list[int]]:
+    """`Tensor.copy_` of this thread compares instead; the list gets how many entries differ."""
+    original, thread = torch.Tensor.copy_, threading.get_ident()
+    found: list[int] = []
+
+    def compare(
+        destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
+    ) -> torch.Tensor:
+        if threading.get_ident() != thread:
+            return original(destination, source, non_blocking)
+        if destination.shape != source.shape or not source.is_floating_point():
+            raise NotImplementedError(
+                f"{list(source.shape)} are copied into {list(destination.shape)}"
+            )
+        given = source.to(dtype=destination.dtype, device=destination.device)
+        found.append(int((given != destination).sum()))
+        return destination
+
+    torch.Tensor.copy_ = compare  # type: ignore[method-assign,assignment]
+    try:
+        yield found
+    finally:
+        torch.Tensor.copy_ = original  # type: ignore[method-assign]
