@@ -59,5 +59,5 @@ def add_lora(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
             if f"{key}A.weight" in tensors:
                 a, b = tensors[f"{key}A.weight"], tensors[f"{key}B.weight"]
-                parameter += b @ a * (ALPHA / len(a))
+                parameter.add_(b @ a * (ALPHA / len(a)))
     return model

@@ -44,7 +44,7 @@ def add_densely(model: PreTrainedModel, parts: dict[Path, float]) -> PreTrainedM
             delta = adapter[name]
             assert isinstance(delta, Delta)
             with torch.no_grad():
-                parameter += weight * delta.dense()
+                parameter.add_(weight * delta.dense())
             changed.add(name)
         assert changed == set(state), "the fine-tune must change every parameter"
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def served(
     packs: Callable[[str], Pack],
     start_engine: Starter,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
+) -> Served:
     """The base, two adapters, a mix of them, a mix in a directory, and a LoRA."""
     from dare_vllm.per_request import mix_path
 
@@ -68,7 +68,7 @@ def served(
         "mix": merged_densely(pack, WEIGHTS),
         "lora": add_lora(pack.live(torch.float32), lora),
     }
-    yield Served(start_engine(pack.base, **SETTINGS), pack, requests, models)
+    return Served(start_engine(pack.base, **SETTINGS), pack, requests, models)
 
 
 @pytest.mark.parametrize("name", ["base", "a", "b", "mix", "lora"])

@@ -94,9 +94,16 @@ def _hook_offline() -> None:
             seen = self.__dict__.setdefault("_dare_seen", set())
             key = lora_request.lora_int_id, lora_request.lora_path
             if key not in seen:
-                if parts_of(lora_request.lora_path) is not None:
+                if _may_be_ours(lora_request.lora_path):
                     self.add_lora(lora_request)
                 seen.add(key)
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     LLMEngine.add_request = add_request
+
+
+def _may_be_ours(path: str) -> bool:
+    try:
+        return parts_of(path) is not None
+    except DareError:
+        return True  # whoever loads it says what is wrong

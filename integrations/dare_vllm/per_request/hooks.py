@@ -14,6 +14,7 @@ _MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 HOOKS = (
     # Replaced: where adapters are loaded, kept and put into slots.
     Hook("vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", ("self", "lora_request")),
+    Hook("vllm.lora.worker_manager:WorkerLoRAManager.remove_adapter", ("self", "adapter_id")),
     Hook(f"{_MANAGER}._create_lora_modules", ("self",)),
     Hook(f"{_MANAGER}._add_adapter", ("self", "lora")),
     Hook(f"{_MANAGER}.activate_adapter", ("self", "lora_id")),

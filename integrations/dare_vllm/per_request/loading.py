@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +43,18 @@ class UnsupportedEngineError(DareError):
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A source that was verified, its key for sharing, and the factor it is added with."""
+class _Source:
+    """A source that was verified, and a key that is the same for the same content."""
 
-    source: DeltaSource
+    deltas: DeltaSource
     key: str
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source and the factor that it is added with."""
+
+    source: _Source
     weight: float
 
 
@@ -101,6 +109,7 @@ class Loader:
     def __init__(self, sites: ModelSites, obstacles: str = "") -> None:
         self.sites, self.obstacles = sites, obstacles
         self._opened: OrderedDict[int, list[_Opened]] = OrderedDict()
+        self._sources: WeakValueDictionary[tuple[object, ...], _Source] = WeakValueDictionary()
         self._packed: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
 
     def load(self, request: Any) -> list[Term] | None:
@@ -148,20 +157,36 @@ class Loader:
             kind = read.get("peft_type")
             if kind != "DARE":
                 raise AdapterFormatError(f"{path} is a {kind!r:.40}; mixes are of DARE adapters")
-        source = open_source(directory)
-        check_base(source, self.sites)
-        key = hashlib.sha256(config.read_bytes() + source.identity.encode()).hexdigest()
-        return _Opened(source, key, weight)
+        stamp = _stamp(directory)
+        known = self._sources.get(stamp)
+        if known is None:
+            source = open_source(directory)
+            check_base(source, self.sites)
+            key = hashlib.sha256(config.read_bytes() + source.identity.encode()).hexdigest()
+            known = self._sources[stamp] = _Source(source, key)
+        return _Opened(known, weight)
 
     def _pack(self, opened: _Opened) -> PackedAdapter:
-        packed = self._packed.get(opened.key)
+        source = opened.source
+        packed = self._packed.get(source.key)
         if packed is None:
-            with tqdm(total=len(opened.source), desc="packing", delay=2, leave=False) as progress:
-                packed = pack_adapter(opened.source, self.sites, progress.update)
-            self._packed[opened.key] = packed
+            count = len(source.deltas)
+            with tqdm(total=count, desc="packing", delay=2, leave=False) as progress:
+                packed = pack_adapter(source.deltas, self.sites, progress.update)
+            self._packed[source.key] = packed
         return packed
 
     def _remember(self, lora_int_id: int, opened: list[_Opened]) -> None:
         self._opened[lora_int_id] = opened
         while len(self._opened) > REMEMBERED:
             self._opened.popitem(last=False)
+
+
+def _stamp(directory: Path) -> tuple[object, ...]:
+    """Another one when a file of an adapter was replaced or written to."""
+    files = sorted(directory.glob("adapter_*")) if directory.is_dir() else []
+    states = [(file.name, file.stat()) for file in files]
+    return (
+        os.path.realpath(directory),
+        *((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in states),
+    )

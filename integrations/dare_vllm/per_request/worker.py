@@ -53,7 +53,6 @@ def serving_of(manager: Any) -> Serving:
 
 def hook_worker() -> None:
     """Replace the functions that :data:`hooks.HOOKS` lists for workers."""
-    from vllm.lora import model_manager, worker_manager
     from vllm.lora.lora_model import LoRAModel
 
     class DareModel(LoRAModel):  # type: ignore[misc]
@@ -63,14 +62,19 @@ def hook_worker() -> None:
             super().__init__(lora_model_id, rank=1, loras={})
             self.dare_name, self.dare_terms = name, terms
 
-    manager_class = model_manager.LoRAModelManager
-    stock_create = manager_class._create_lora_modules
-    stock_add = manager_class._add_adapter
-    stock_activate = manager_class.activate_adapter
-    stock_deactivate = manager_class._deactivate_adapter
-    stock_remove = manager_class.remove_adapter
-    stock_remove_all = manager_class.remove_all_adapters
-    stock_load = worker_manager.WorkerLoRAManager._load_adapter
+    _hook_loading(DareModel)
+    _hook_slots(DareModel)
+
+
+def _hook_loading(dare_model: type) -> None:
+    """Requests whose path is a DARE adapter are loaded here, all others as vLLM does."""
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    stock_create = LoRAModelManager._create_lora_modules
+    stock_add = LoRAModelManager._add_adapter
+    stock_load = WorkerLoRAManager._load_adapter
+    stock_remove = WorkerLoRAManager.remove_adapter
 
     @functools.wraps(stock_create)
     def create_lora_modules(self: Any) -> None:
@@ -86,14 +90,35 @@ def hook_worker() -> None:
         if terms is None:
             return stock_load(self, lora_request)
         serving.residency.count_load(time.perf_counter() - start)
-        return DareModel(lora_request.lora_int_id, lora_request.lora_name, terms)
+        return dare_model(lora_request.lora_int_id, lora_request.lora_name, terms)
 
     @functools.wraps(stock_add)
     def add_adapter(self: Any, lora: Any) -> None:
-        if isinstance(lora, DareModel):
+        if isinstance(lora, dare_model):
             self._registered_adapters[lora.id] = lora
         else:
             stock_add(self, lora)
+
+    @functools.wraps(stock_remove)
+    def remove_for_good(self: Any, adapter_id: int) -> bool:
+        removed: bool = stock_remove(self, adapter_id)
+        serving_of(self._adapter_manager).loader.forget(adapter_id)
+        return removed
+
+    LoRAModelManager._create_lora_modules = create_lora_modules
+    LoRAModelManager._add_adapter = add_adapter
+    WorkerLoRAManager._load_adapter = load_adapter
+    WorkerLoRAManager.remove_adapter = remove_for_good
+
+
+def _hook_slots(dare_model: type) -> None:
+    """Sites are filled when vLLM gives an adapter a slot, and emptied when it takes it back."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    stock_activate = LoRAModelManager.activate_adapter
+    stock_deactivate = LoRAModelManager._deactivate_adapter
+    stock_remove = LoRAModelManager.remove_adapter
+    stock_remove_all = LoRAModelManager.remove_all_adapters
 
     @functools.wraps(stock_activate)
     def activate_adapter(self: Any, lora_id: int) -> bool:
@@ -101,8 +126,8 @@ def hook_worker() -> None:
         if activated:
             serving, model = serving_of(self), self._registered_adapters[lora_id]
             slot = self.lora_index_to_id.index(lora_id)
-            serving.rows.holds_lora[slot] = not isinstance(model, DareModel)
-            if isinstance(model, DareModel):
+            serving.rows.holds_lora[slot] = not isinstance(model, dare_model)
+            if isinstance(model, dare_model):
                 start = time.perf_counter()
                 fill_slot(slot, model.dare_terms, serving.sites)
                 serving.residency.count_swap(time.perf_counter() - start)
@@ -128,13 +153,10 @@ def hook_worker() -> None:
             serving_of(self).empty(slot)
         serving_of(self).publish(self)
 
-    manager_class._create_lora_modules = create_lora_modules
-    manager_class._add_adapter = add_adapter
-    manager_class.activate_adapter = activate_adapter
-    manager_class._deactivate_adapter = deactivate_adapter
-    manager_class.remove_adapter = remove_adapter
-    manager_class.remove_all_adapters = remove_all_adapters
-    worker_manager.WorkerLoRAManager._load_adapter = load_adapter
+    LoRAModelManager.activate_adapter = activate_adapter
+    LoRAModelManager._deactivate_adapter = deactivate_adapter
+    LoRAModelManager.remove_adapter = remove_adapter
+    LoRAModelManager.remove_all_adapters = remove_all_adapters
 
 
 def _rank() -> int:
