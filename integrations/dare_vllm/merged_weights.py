@@ -28,7 +28,6 @@ from dare_adapters.errors import (
     UnsupportedParameterError,
 )
 from dare_adapters.export import check_base_checkpoint, main_dtype
-from dare_adapters.lora import LoraAdapter
 from dare_adapters.pairing import TIED_HEADS, embedding_name
 from dare_adapters.parallel import worker_pool
 from dare_adapters.source import DeltaSource, Renamed
@@ -94,6 +93,7 @@ class MergedWeights:
         self.copies: dict[str, str] = {}
         self.source: DeltaSource | None = source and align_to(source, set(base))
         self._new: dict[str, str] = {}
+        self._merged_shapes: dict[str, tuple[int, ...]] = {}
         self._left_out: set[str] = set()
         self._prefix = ""
         if self.source is not None:
@@ -103,7 +103,7 @@ class MergedWeights:
             if check_base:
                 check_base_checkpoint(base, self.source, allow_cast=True)
             _warn_of_configs(base, adapters)
-        self.changed = [n for n in self.source or () if n not in self._new]
+        self.changed = list(self._merged_shapes)
         embedding = embedding_name(base)
         if untied and base.tied and embedding in self.changed:
             # Of a tied head that both fine-tune and base store, an adapter has one delta.
@@ -153,7 +153,7 @@ class MergedWeights:
                 f"{list(delta.shape)}"
             )
         with plain_torch():
-            made = torch.empty(self._merged_shape(delta), dtype=tensor.dtype)
+            made = torch.empty(self._merged_shapes[name], dtype=tensor.dtype)
             flat, done = made.view(-1), 0
             for part in sum_parts(tensor, [WeightedDelta(delta)])(pool):
                 flat[done : done + len(part)] = part
@@ -246,6 +246,7 @@ class MergedWeights:
             assert delta is not None
             if delta.shape != self.base.info[name].shape:
                 wrong.append(name)
+            self._merged_shapes[name] = _merged_shape(delta)
         if wrong:
             raise ArchitectureMismatchError(
                 f"{self.base.path} does not fit {self._label}: it has {len(wrong)} parameters in "
@@ -258,34 +259,22 @@ class MergedWeights:
             for name, info in self.base.info.items()
             if name not in self._left_out and name not in self._new
         }
-        for name in self.changed:
-            delta = self.delta(name)
-            assert delta is not None
-            found[self.renamed(name)] = self._merged_shape(delta)
+        for name, shape in self._merged_shapes.items():
+            found[self.renamed(name)] = shape
         for name, copied in self.copies.items():
             found[self.renamed(name)] = found[self.renamed(copied)]
         for name, own in self._new.items():
             found[own] = tuple(self.new_value(name).shape)
         return found
 
-    @staticmethod
-    def _merged_shape(delta: Delta) -> tuple[int, ...]:
-        added = 0 if delta.added_rows is None else len(delta.added_rows)
-        return (delta.shape[0] + added, *delta.shape[1:]) if delta.shape else ()
-
     def added_rows(self) -> dict[str, int]:
         """How many vocabulary rows are added to which parameters."""
-        found = {name: self.delta(name) for name in self.changed}
-        return {
-            name: len(delta.added_rows)
-            for name, delta in found.items()
-            if delta is not None and delta.added_rows is not None
+        found = {
+            name: shape[0] - self.base.info[name].shape[0]
+            for name, shape in self._merged_shapes.items()
+            if shape
         }
-
-    def loras(self) -> list[LoraAdapter]:
-        """The LoRA adapters that take part."""
-        leaves = _leaves(self.source) if self.source is not None else ()
-        return [leaf for leaf in leaves if isinstance(leaf, LoraAdapter)]
+        return {name: added for name, added in found.items() if added}
 
 
 @contextmanager
@@ -298,6 +287,11 @@ def plain_torch() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _merged_shape(delta: Delta) -> tuple[int, ...]:
+    added = 0 if delta.added_rows is None else len(delta.added_rows)
+    return (delta.shape[0] + added, *delta.shape[1:]) if delta.shape else ()
 
 
 def _leaves(source: DeltaSource) -> Iterator[DeltaSource]:

@@ -17,7 +17,9 @@ from dare_adapters.combine.registry import get_method
 from dare_adapters.errors import CombinationError
 from dare_adapters.open_source import open_source
 
-__all__ = ["Mixture", "MixturePart"]
+__all__ = ["LOAD_FORMAT", "Mixture", "MixturePart", "loaded_mixture"]
+
+LOAD_FORMAT = "dare"
 
 # Fields of a mixture beside its adapters and the options of its combination type.
 _HOW = {"seed": int, "mask": str, "prune": str, "drop_rate": float}
@@ -129,6 +131,13 @@ class Mixture:
     def _fields(self) -> list[str]:
         """Names of what may be set, beside adapters, combination type and check_base."""
         return [*_HOW, *get_method(self.combination_type).options]
+
+
+def loaded_mixture(load_config: Any) -> Mixture:
+    """The mixture that vLLM's load config names: what was loaded, or swapped in since."""
+    if load_config.load_format != LOAD_FORMAT:
+        return Mixture()
+    return Mixture.split(load_config.model_loader_extra_config or {})[0]
 
 
 def _part(number: int, item: Any) -> MixturePart:

@@ -26,6 +26,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+Packs = Callable[[str], Pack]
+
 MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], torch.dtype]] = {
     "llama": (LlamaForCausalLM, llama, torch.float32),
     # Loaded as float32: the sums are rounded to the checkpoint's dtype.
@@ -36,7 +38,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any], torch.dtype]] 
 
 
 @pytest.fixture(scope="session")
-def packs(make_pack: PackMaker) -> Callable[[str], Pack]:
+def packs(make_pack: PackMaker) -> Packs:
     """A base and three adapters of fine-tunes that changed every parameter, by kind of model."""
 
     def pack(name: str) -> Pack:
@@ -46,12 +48,6 @@ def packs(make_pack: PackMaker) -> Callable[[str], Pack]:
         )
 
     return pack
-
-
-@pytest.fixture(params=list(MODELS), scope="session")
-def pack(request: pytest.FixtureRequest, packs: Callable[[str], Pack]) -> Pack:
-    """Each kind of model in turn."""
-    return packs(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +71,6 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-@pytest.fixture
-def engine(pack: Pack, start_engine: Callable[..., Engine]) -> Iterator[Engine]:
-    """An engine of the pack's base, whose weights both routes of a swap can reach."""
-    found = start_engine(
-        pack.base, load_format="dare", model_loader_extra_config={"plain_weights": True}
-    )
-    yield found
-    from dare_vllm import set_mixture
-
-    set_mixture(found.llm, [])
-
-
 def merged(pack: Pack, parts: dict[str, float], **how: Any) -> PreTrainedModel:
     """A transformers model in float32 that holds the merged weights, made on the live base."""
     model = pack.live()
@@ -101,3 +85,18 @@ def merged(pack: Pack, parts: dict[str, float], **how: Any) -> PreTrainedModel:
 def exported(pack: Pack, name: str, out: Path) -> Path:
     """The full checkpoint of base and one adapter."""
     return dare_adapters.export(pack.base, pack.adapters[name], out, progress=False)
+
+
+def save_lora(pack: Pack, out: Path) -> Path:
+    """A LoRA of two kinds of layers of the pack's base, as PEFT saves it."""
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(3)
+    model = peft.get_peft_model(pack.live(torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(out)
+    return out

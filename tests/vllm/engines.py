@@ -29,6 +29,7 @@ class Engine:
 
     Attributes:
         llm: vLLM's object.
+        at_start: every parameter as it was loaded.
     """
 
     def __init__(self, base: Path, **settings: Any) -> None:
@@ -47,6 +48,7 @@ class Engine:
                 **settings,
             },
         )
+        self.at_start = self.weights()
 
     def greedy(
         self, prompts: Sequence[Sequence[int]] = tuple(PROMPTS), tokens: int = 8, **how: Any

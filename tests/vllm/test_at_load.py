@@ -7,14 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from dare_adapters.errors import BaseMismatchError, DareError
-from tests.conftest import Pack, raw_bytes
-from tests.vllm.conftest import exported, merged
+from dare_adapters.errors import (
+    ArchitectureMismatchError,
+    BaseMismatchError,
+    DareError,
+    UnsupportedParameterError,
+)
+from tests.conftest import PackMaker, raw_bytes
+from tests.vllm.conftest import Packs, exported, merged
 from tests.vllm.engines import Engine, assert_says_the_same
+from tests.vllm.models import KINDS, SPREAD, llama
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
+
+from dare_vllm import set_mixture  # noqa: E402 (only where vLLM is)
 
 Starter = Callable[..., Engine]
 PLAIN = {"plain_weights": True}
@@ -22,7 +31,7 @@ PLAIN = {"plain_weights": True}
 
 @pytest.mark.parametrize("kind", ["llama", "tied-llama-bf16", "qwen2", "mixtral"])
 def test_an_engine_loaded_with_an_adapter_has_the_bits_of_the_exported_checkpoint(
-    kind: str, packs: Callable[[str], Pack], start_engine: Starter, tmp_path: Path
+    kind: str, packs: Packs, start_engine: Starter, tmp_path: Path
 ) -> None:
     pack = packs(kind)
     adapters = {"adapters": [str(pack.adapters["a"])]}
@@ -42,7 +51,7 @@ def test_an_engine_loaded_with_an_adapter_has_the_bits_of_the_exported_checkpoin
 
 
 def test_an_engine_loaded_with_a_combination_says_what_the_merged_model_says(
-    packs: Callable[[str], Pack], start_engine: Starter
+    packs: Packs, start_engine: Starter
 ) -> None:
     pack = packs("llama")
     mixture = {
@@ -67,7 +76,7 @@ def test_an_engine_loaded_with_a_combination_says_what_the_merged_model_says(
 
 
 def test_a_wrong_base_is_refused_before_anything_is_served(
-    packs: Callable[[str], Pack], start_engine: Starter, tmp_path: Path
+    packs: Packs, start_engine: Starter, tmp_path: Path
 ) -> None:
     pack = packs("llama")
     other = pack.live()
@@ -80,9 +89,79 @@ def test_a_wrong_base_is_refused_before_anything_is_served(
 
 
 def test_an_unknown_field_of_the_mixture_is_refused_by_name(
-    packs: Callable[[str], Pack], start_engine: Starter
+    packs: Packs, start_engine: Starter
 ) -> None:
     pack = packs("llama")
     extra = {"adapters": [str(pack.adapters["a"])], "densty": 0.5}
     with pytest.raises((DareError, ValueError), match="densty"):
         start_engine(pack.base, load_format="dare", model_loader_extra_config=extra)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_vocabulary_rows_need_a_model_that_is_built_for_them(
+    tied: bool, make_pack: PackMaker, start_engine: Starter
+) -> None:
+    pack = make_pack(
+        f"vllm-grown-{tied}",
+        config=llama(tie_word_embeddings=tied),
+        kinds={"a": KINDS["b"]},
+        dtype=torch.float32,
+        spread=SPREAD,
+        change=lambda model: model.resize_token_embeddings(102, mean_resizing=False),
+    )
+    adapter = str(pack.adapters["a"])
+    extra = {**PLAIN, "adapters": [adapter]}
+    with pytest.raises(
+        ArchitectureMismatchError, match=r"--hf-overrides '\{\"vocab_size\": 102\}'"
+    ):
+        start_engine(pack.base, load_format="dare", model_loader_extra_config=extra)
+    engine = start_engine(
+        pack.base,
+        load_format="dare",
+        model_loader_extra_config=extra,
+        hf_overrides={"vocab_size": 102},
+    )
+    live = pack.live()
+    live.load_dare_adapter(adapter)
+    prompts = [[1, 5, 99, 101], [1, 100]]
+    assert_says_the_same(engine.greedy(prompts), live, prompts)
+    with pytest.raises(ArchitectureMismatchError, match=r"\[102, 128\] now, \[97, 128\] then"):
+        set_mixture(engine.llm, [])
+    doubled = [{"path": adapter, "weight": 2.0}]
+    live.delete_dare_adapter("default")
+    live.load_dare_adapter(adapter, weight=2.0)
+    for route in ("reload", "sparse"):
+        set_mixture(engine.llm, [adapter], route=route)
+        set_mixture(engine.llm, doubled, route=route)
+        assert_says_the_same(engine.greedy(prompts), live, prompts)
+
+
+def test_a_head_that_the_fine_tune_unties_needs_a_model_that_has_one(
+    make_pack: PackMaker, start_engine: Starter
+) -> None:
+    def untie(model: PreTrainedModel) -> None:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+    pack = make_pack(
+        "vllm-untied",
+        config=llama(tie_word_embeddings=True),
+        kinds={"a": KINDS["b"]},
+        dtype=torch.float32,
+        spread=SPREAD,
+        change=untie,
+    )
+    extra = {"adapters": [str(pack.adapters["a"])]}
+    with pytest.raises(UnsupportedParameterError, match=r"lm_head\.weight is changed by .* ties"):
+        start_engine(pack.base, load_format="dare", model_loader_extra_config=extra)
+    engine = start_engine(
+        pack.base,
+        load_format="dare",
+        model_loader_extra_config=extra,
+        hf_overrides={"tie_word_embeddings": False},
+    )
+    untied = pack.model_class.from_pretrained(
+        pack.base, config=llama(tie_word_embeddings=False), dtype=torch.float32
+    )
+    untied.load_dare_adapter(pack.adapters["a"])
+    assert_says_the_same(engine.greedy(), untied.eval())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOAD_FORMAT", "install"]
-
-LOAD_FORMAT = "dare"
+__all__ = ["install"]
 
 
 def install() -> None:
@@ -12,5 +10,6 @@ def install() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
     from dare_vllm.at_load.loader import DareModelLoader
+    from dare_vllm.mixture import LOAD_FORMAT
 
     register_model_loader(LOAD_FORMAT)(DareModelLoader)

@@ -24,6 +24,16 @@ HOOKS = (
         f"{_RELOAD}.checkpoint_weight_patch:CheckpointWeightPatch",
         ("name", "shape", "dtype", "values", "indices"),
     ),
+    Hook(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe:"
+        "CPUUnquantizedExperts.process_weights_after_loading",
+        ("self", "layer"),
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:"
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        ("self", "layer"),
+    ),
     Hook("vllm.v1.engine.core:EngineCore.pause_scheduler", ("self", "mode", "clear_cache")),
     Hook("vllm.v1.engine.core:EngineCoreProc._send_abort_outputs", ("self", "aborted_reqs")),
     Hook(
@@ -35,4 +45,8 @@ HOOKS = (
     ),
     Hook("vllm.v1.engine.async_llm:AsyncLLM.pause_generation", ("self", "mode", "clear_cache")),
     Hook("vllm.v1.engine.async_llm:AsyncLLM.resume_generation", ("self",)),
+    Hook(
+        "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache",
+        ("self", "reset_running_requests", "reset_connector"),
+    ),
 )

@@ -122,8 +122,8 @@ class MixtureEndpoint:
             await self._engine.pause_generation(mode=step.in_flight, clear_cache=True)
             await self._engine.engine_core.call_utility_async("dare_abort_unfinished")
         elif isinstance(step, ResetCaches):
-            if not await self._engine.reset_prefix_cache():
-                raise DareError("vLLM did not reset the prefix cache")
+            if not await self._engine.reset_prefix_cache(reset_connector=True):
+                raise DareError("vLLM did not empty the prefix cache; nothing was changed")
         elif isinstance(step, Resume):
             await self._engine.resume_generation()
         return None

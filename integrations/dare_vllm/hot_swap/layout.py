@@ -1,4 +1,4 @@
-"""Whether a running model's weights lie where a sparse write will look for them."""
+"""Where a running model's weights lie: as in the checkpoint, or packed for a kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from dare_adapters.errors import BaseMismatchError, UnsupportedParameterError
 
-__all__ = ["check_layout", "refresh_packed_copies", "sparse_obstacle"]
+__all__ = ["check_layout", "pack_again", "reload_obstacle", "sparse_obstacle"]
 
 # What keeps plain weights under their own shape, where the platform does.
 _PLAIN_METHODS = {
@@ -20,6 +20,8 @@ _PLAIN_METHODS = {
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
 }
+# Backends for experts that read weights as they were loaded.
+_PLAIN_EXPERTS = {"BATCHED_TRITON", "TRITON"}
 _ADVICE = "swap with route='reload'"
 
 
@@ -35,12 +37,24 @@ def sparse_obstacle(model: nn.Module, model_config: Any) -> str | None:
             continue
         if type(method).__name__ not in _PLAIN_METHODS:
             return f"{name} stores its weights as {type(method).__name__} does"
+        backend = getattr(method, "unquantized_backend", None)
+        if backend is not None and backend.name not in _PLAIN_EXPERTS:
+            return f"{name} packs its experts for the {backend.name} kernel"
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.numel() == 0 and weight.dim() == 1:
             return (
                 f"{name} is packed for the CPU; load with model_loader_extra_config="
                 '{"plain_weights": true} to keep weights plain'
             )
+    return None
+
+
+def reload_obstacle(model: nn.Module) -> str | None:
+    """Why weights cannot be loaded again in this model; None: nothing is known of."""
+    for name, module in _cpu_experts(model):
+        config = module.quant_method.moe
+        if module.w13_weight.shape[1] != 2 * config.intermediate_size_per_partition:
+            return f"{name} pads its experts for the CPU kernel, which vLLM does on first load only"
     return None
 
 
@@ -80,13 +94,26 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def refresh_packed_copies(model: nn.Module) -> None:
-    """Make again what the CPU keeps of embeddings and heads beside their plain weights."""
+def pack_again(model: nn.Module, *, reloaded: bool) -> None:
+    """Make again what the CPU packs of plain weights, where vLLM does that on first load only.
+
+    Args:
+        reloaded: whether all weights were loaded again, the experts' with them.
+    """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if type(method).__name__ == "UnquantizedEmbeddingMethod":
-            assert method is not None
-            method.process_weights_after_loading(module)
+            method.process_weights_after_loading(module)  # a tied head has a copy of its own
+    if reloaded:
+        for _, module in _cpu_experts(model):
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+def _cpu_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+        if backend is not None and backend.name == "CPU" and "w13_weight" in module._parameters:
+            yield name, module
 
 
 @contextmanager

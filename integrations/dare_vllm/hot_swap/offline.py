@@ -88,6 +88,6 @@ def _do(llm: LLM, step: object) -> Any:
                 "the engine has unfinished requests, which would go on with other weights: finish "
                 "or abort them before the swap"
             )
-    elif isinstance(step, ResetCaches) and not llm.reset_prefix_cache():
+    elif isinstance(step, ResetCaches) and not llm.reset_prefix_cache(reset_connector=True):
         raise DareError("vLLM did not reset the prefix cache: requests still hold parts of it")
     return None

@@ -83,6 +83,7 @@ def swap_steps(
     failure: DareError | None = None
     try:
         yield Pause(in_flight)
+        yield ResetCaches()  # nothing runs that could fill them again before the weights change
         written: Sequence[dict[str, Any]] = yield Rpc("dare_commit", (token,))
         failed = _first(written)
         if failed is not None:
@@ -96,7 +97,6 @@ def swap_steps(
                 f"the swap failed and the old mixture is back: {failed['error']}: "
                 f"{failed['message']}"
             )
-        yield ResetCaches()
     except EngineLostError:
         raise
     except BaseException:

@@ -27,12 +27,11 @@ from dare_adapters.errors import (
     UnsupportedParameterError,
 )
 from dare_adapters.parallel import worker_pool
-from dare_vllm.at_load import LOAD_FORMAT
 from dare_vllm.at_load.loader import DareModelLoader
-from dare_vllm.hot_swap.layout import check_layout, refresh_packed_copies, sparse_obstacle
+from dare_vllm.hot_swap.layout import check_layout, pack_again, reload_obstacle, sparse_obstacle
 from dare_vllm.hot_swap.patches import make_patches
 from dare_vllm.merged_weights import MergedWeights
-from dare_vllm.mixture import Mixture
+from dare_vllm.mixture import LOAD_FORMAT, Mixture, loaded_mixture
 
 __all__ = ["ROUTES", "SwapWorker", "answer"]
 
@@ -134,6 +133,12 @@ class SwapWorker:
                     f"single entries cannot be written: {obstacle}; swap with route='reload'"
                 )
             self._check_layout(old, new)
+        else:
+            obstacle = reload_obstacle(self._model)
+            if obstacle is not None:
+                raise UnsupportedParameterError(
+                    f"weights cannot be loaded again: {obstacle}; start an engine with the mixture"
+                )
         self._prepared = _Swap(token, route, loader, self._mixture, old, new)
         return {"route": route}
 
@@ -171,6 +176,7 @@ class SwapWorker:
                 weights = swap.loader.base_weights(self._model_config, model)
                 counted = _Counted(swap.loader.add_mixture(target, weights, model))
                 runner.reload_weights(weights_iterator=iter(counted))
+                pack_again(model, reloaded=True)
                 return counted.entries
             entries = 0
             with worker_pool() as pool:
@@ -178,7 +184,7 @@ class SwapWorker:
                 for batch in _batches(patches):
                     entries += sum(patch.values.numel() for patch in batch)
                     load_checkpoint_weight_patches(model, batch, validate_unique_indices=False)
-            refresh_packed_copies(model)
+            pack_again(model, reloaded=False)
             # What vLLM's own reload does after it.
             runner.reset_lora_state()
             runner.reset_encoder_cache()
@@ -253,9 +259,7 @@ class SwapWorker:
 
     @property
     def _mixture(self) -> Mixture:
-        if self._load_config.load_format != LOAD_FORMAT:
-            return Mixture()
-        return Mixture.split(self._load_config.model_loader_extra_config or {})[0]
+        return loaded_mixture(self._load_config)
 
     @property
     def _load_config(self) -> Any:

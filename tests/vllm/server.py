@@ -1,0 +1,88 @@
+"""`dare-adapters serve` in a process of its own, and an OpenAI client of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+__all__ = ["Server"]
+
+START_SECONDS = 300
+
+
+class Server:
+    """One server; everything it logs goes to a file.
+
+    Args:
+        root: where the log goes.
+        arguments: of `dare-adapters serve`.
+
+    Attributes:
+        address: http://127.0.0.1:PORT
+    """
+
+    def __init__(self, root: Path, *arguments: object) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.log = root / "server.log"
+        call = "from dare_adapters.cli import main; main()"
+        fixed = ["--host", "127.0.0.1", "--port", port, "--enforce-eager", "--dtype", "float32"]
+        words = [sys.executable, "-c", call, "serve", *arguments, *fixed]
+        environment = {name: value for name, value in os.environ.items() if "MULTIPROC" not in name}
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(word) for word in words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environment, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # so that its engine ends with it
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            assert self._process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                if requests.get(f"{self.address}/health", timeout=5).status_code == 200:
+                    return
+            except requests.RequestException:
+                time.sleep(0.5)
+        self.close()
+        raise AssertionError(f"no server after {START_SECONDS} s: {self.log.read_text()[-4000:]}")
+
+    def post(self, path: str, body: dict[str, Any]) -> requests.Response:
+        """POST JSON."""
+        return requests.post(f"{self.address}{path}", json=body, timeout=120)
+
+    def get(self, path: str) -> requests.Response:
+        """GET."""
+        return requests.get(f"{self.address}{path}", timeout=60)
+
+    @property
+    def client(self) -> Any:
+        """An OpenAI client."""
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    def close(self) -> None:
+        """End the server and its engine."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
