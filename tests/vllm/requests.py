@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dare_adapters import Adapter
 from dare_adapters.delta import Delta
-from tests.conftest import Pack
+from tests.conftest import Pack, read_checkpoint
 
-__all__ = ["merged_densely", "request_for"]
+__all__ = ["add_densely", "merged_densely", "request_for"]
 
 _numbers = itertools.count(1)
 
@@ -31,20 +34,20 @@ def merged_densely(pack: Pack, parts: dict[str, float]) -> PreTrainedModel:
 
     Every parameter must be changed by every part, or the comparison says nothing of it.
     """
-    return add_densely(pack.live(torch.float32), {pack.adapters[p]: w for p, w in parts.items()})
+    return add_densely(pack, {pack.adapters[name]: weight for name, weight in parts.items()})
 
 
-def add_densely(model: PreTrainedModel, parts: dict[Path, float]) -> PreTrainedModel:
-    """Add weighted deltas of adapters to a model whose parameters have the checkpoint's names."""
-    state = dict(model.named_parameters())
+def add_densely(pack: Pack, parts: dict[Path, float]) -> PreTrainedModel:
+    """The same of any adapters over a pack's base."""
+    tensors = {name: value.float() for name, value in read_checkpoint(pack.base).items()}
     for path, weight in parts.items():
         adapter = Adapter.open(path)
-        changed = set()
-        for name, parameter in state.items():
+        assert set(adapter) == set(tensors), "the fine-tune must change every parameter"
+        for name, value in tensors.items():
             delta = adapter[name]
             assert isinstance(delta, Delta)
-            with torch.no_grad():
-                parameter.add_(weight * delta.dense())
-            changed.add(name)
-        assert changed == set(state), "the fine-tune must change every parameter"
-    return model
+            value.add_(weight * delta.dense())
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copy(pack.base / "config.json", directory)
+        save_file(tensors, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+        return pack.model_class.from_pretrained(directory, dtype=torch.float32).eval()

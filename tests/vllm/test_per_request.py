@@ -43,7 +43,7 @@ class Served:
             assert_says_the_same(answers[here], self.models[name])
 
 
-@pytest.fixture(scope="module", params=["llama", "tied-llama-bf16", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "tied-llama-bf16", "qwen2", "mixtral"])
 def served(
     request: pytest.FixtureRequest,
     packs: Callable[[str], Pack],

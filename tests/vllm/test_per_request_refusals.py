@@ -110,8 +110,21 @@ def test_an_adapter_without_a_witness_is_refused(
         engine.llm.llm_engine.add_lora(request_for(copy))
 
 
-def test_experts_are_refused_by_name(packs: Callable[[str], Pack], start_engine: Starter) -> None:
+def test_a_lora_of_experts_is_refused_on_a_cpu(
+    packs: Callable[[str], Pack], start_engine: Starter, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
     moe = packs("mixtral")
-    engine = start_engine(moe.base, enable_lora=True, max_loras=2)
-    with pytest.raises(Exception, match=r"cannot be served.*experts\.0\.w1\.weight"):
-        engine.llm.llm_engine.add_lora(request_for(moe.adapters["a"]))
+    engine = start_engine(moe.base, **SETTINGS)
+    lora = write_lora(moe.live(torch.float32), tmp_path / "lora")
+    file = lora / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for matrix, (rows, columns) in {"w1": (96, 128), "w2": (128, 96), "w3": (96, 128)}.items():
+        for expert in range(4):
+            stem = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{matrix}"
+            tensors[f"{stem}.lora_A.weight"] = torch.ones(4, columns)
+            tensors[f"{stem}.lora_B.weight"] = torch.ones(rows, 4)
+    save_file(tensors, file)
+    with pytest.raises(Exception, match="LoRA of experts"):
+        engine.llm.llm_engine.add_lora(request_for(lora))

@@ -64,7 +64,7 @@ def pack(packs: Callable[[str], Pack]) -> Pack:
 @pytest.fixture(scope="module")
 def models(pack: Pack, adapters: list[Path]) -> list[PreTrainedModel]:
     """What each adapter's answers must be."""
-    return [add_densely(pack.live(torch.float32), {path: 1.0}) for path in adapters]
+    return [add_densely(pack, {path: 1.0}) for path in adapters]
 
 
 def test_two_hundred_requests_over_twenty_adapters_in_four_slots(

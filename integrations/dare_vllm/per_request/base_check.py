@@ -15,6 +15,7 @@ import torch
 from dare_adapters.errors import BaseMismatchError
 from dare_adapters.source import DeltaSource
 from dare_adapters.witness import decode_witness, matches
+from dare_vllm.per_request.experts_site import ExpertsSite, expert_entries
 from dare_vllm.per_request.model_sites import ModelSites, NoPlaceError, Place
 from dare_vllm.per_request.refusal import listed
 from dare_vllm.per_request.sites import EmbeddingSite, LinearSite
@@ -87,6 +88,8 @@ def _same_tensor(places: list[Place]) -> bool:
 def _live(place: Place, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor | None:
     """Entries of what this rank holds, (n,) on the CPU; None: they are quantised."""
     layer: Any = place.layer
+    if isinstance(place.site, ExpertsSite):
+        return expert_entries(layer, place.part, place.shard.start, row, column)
     if place.part == "bias" or not isinstance(place.site, (LinearSite, EmbeddingSite)):
         tensor = layer.bias if place.part == "bias" else layer.weight
         return _detached(tensor.detach().view(-1)[(row + place.shard.start).to(tensor.device)])

@@ -66,6 +66,13 @@ HOOKS = (
         f"{_LAYERS}.logits_processor:LogitsProcessor._apply_head",
         ("self", "lm_head", "hidden_states", "embedding_bias"),
     ),
+    Hook(
+        f"{_LAYERS}.fused_moe.routed_experts:RoutedExperts.forward_modular",
+        (
+            *("self", "x", "topk_weights", "topk_ids"),
+            *("shared_experts", "shared_experts_input"),
+        ),
+    ),
     Hook(f"{_LAYERS}.layernorm:RMSNorm.forward_native", ("self", "x", "residual")),
     Hook(f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_native", ("self", "x", "residual")),
     Hook(f"{_LAYERS}.layernorm:LayerNorm.forward_native", ("self", "x")),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dare_vllm.per_request.experts_site import ExpertsSite, expert_shard, is_plain_experts
 from dare_vllm.per_request.shards import Shard, embedding_shards, linear_shards
 from dare_vllm.per_request.sites import EmbeddingSite, LinearSite, NormSite, Site
 from dare_vllm.per_request.slots import RowSlots
@@ -30,7 +31,7 @@ class Place:
     Attributes:
         site: what adds changes there.
         layer: vLLM's layer.
-        part: "weight" or "bias".
+        part: "weight" or "bias"; of experts, "3.w1".
         shard: which rows and columns, and where in the layer.
     """
 
@@ -75,6 +76,12 @@ class ModelSites:
         for site in self._sites.values():
             site.clear(slot)
 
+    @property
+    def replaces_experts(self) -> bool:
+        """Whether experts are computed without vLLM's kernel, which alone knows LoRAs of them."""
+        on_cpu = self.rows.device.type == "cpu"
+        return on_cpu and any(isinstance(one, ExpertsSite) for one in self._sites.values())
+
     def tied_to_other(self, name: str, names: Iterable[str]) -> bool:
         """Whether a parameter is the head of a model that ties it to an embedding in `names`."""
         if not self._tied or self._kind_named(name) != "head":
@@ -91,6 +98,8 @@ class ModelSites:
         layer, number = self._find(name)
         if layer is None:
             return []
+        if isinstance(number, str):
+            return [self._expert_place(layer, part, number)]
         if part not in ("weight", "bias"):
             raise NoPlaceError(f"{type(layer).__name__} has nothing of that name that can change")
         found = list(self._places_in(layer, part, number))
@@ -99,6 +108,12 @@ class ModelSites:
             for other in {id(one): one for one in both if one is not layer}.values():
                 found += self._places_in(other, part, None)
         return found
+
+    def _expert_place(self, layer: Any, part: str, matrix: str) -> Place:
+        site = self._sites.get((id(layer), ExpertsSite))
+        if site is None or part != "weight":
+            raise NoPlaceError("experts of this kind, or in this engine, cannot differ by request")
+        return Place(site, layer, matrix, expert_shard(layer, matrix.partition(".")[2]))
 
     def _places_in(self, layer: Any, part: str, number: int | None) -> Iterator[Place]:
         kind = self._kind(layer)
@@ -123,8 +138,10 @@ class ModelSites:
             for shard in linear_shards(layer, kind.removesuffix("+"), number, part):
                 yield Place(site, layer, part, shard)
 
-    def _find(self, name: str) -> tuple[Any | None, int | None]:
+    def _find(self, name: str) -> tuple[Any | None, int | str | None]:
         """The layer of a parameter, and its number among those fused; None: on another stage.
+
+        Of experts, the matrix instead of the number: "3.w1".
 
         Raises:
             NoPlaceError: the model has none.
@@ -141,6 +158,10 @@ class ModelSites:
                 whole = f"{parent}.{fused}" if parent else fused
                 if last in names and whole in self._layers:
                     return self._layers[whole], names.index(last)
+            owner, _, expert = parent.rpartition(".")
+            experts = self._layers.get(f"{owner}.routed_experts")
+            if experts is not None and expert.isdecimal():
+                return experts, f"{int(expert)}.{_matrix_of(experts, last)}"
             if any(f"{variant}.".startswith(f"{other}.") for other in self._elsewhere):
                 return None, None
         raise NoPlaceError("vLLM's model has no such layer")
@@ -162,7 +183,7 @@ class ModelSites:
             self._elsewhere.append(name)
             return
         # Inside of vLLM's wrapper for LoRA, which has the layer's own name and comes first.
-        name = name.removesuffix(".base_layer")
+        name = name.replace(".base_layer", "")
         self._layers[name] = module
         if id(module) in self._kinds:
             return
@@ -178,6 +199,10 @@ class ModelSites:
                 self._take_linear(name, module, of_samples=True)
         elif kind == "head":
             self._take_linear(name, module, of_samples=True)
+        elif kind == "experts":
+            experts = ExpertsSite(name, self.rows)
+            experts.wrap(module)
+            self._sites[id(module), ExpertsSite] = experts
         elif kind in ("rms_norm", "gemma_rms_norm", "layer_norm"):
             self._take_norm(name, module, kind)
         else:
@@ -208,14 +233,29 @@ _VOCABULARY = ("embedding", "head")
 def _kind_of(module: Any) -> str | None:
     """What kind of layer a module is: only those of which the slicing is known; None: another."""
     from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(module, linear.LinearBase):
         return _linear_kind(module)
     if isinstance(module, VocabParallelEmbedding):
         return _vocabulary_kind(module)
+    if isinstance(module, RoutedExperts):
+        return "experts" if is_plain_experts(module) else None
     weight = getattr(module, "weight", None)
     return _norm_kind(module) if weight is not None and weight.dim() == 1 else None
+
+
+def _matrix_of(experts: Any, name: str) -> str:
+    """w1, w2 or w3, of the checkpoint's name for one of an expert's matrices."""
+    names = {
+        experts.ckpt_gate_proj_name: "w1",
+        experts.ckpt_down_proj_name: "w2",
+        experts.ckpt_up_proj_name: "w3",
+    }
+    if name not in names:
+        raise NoPlaceError("vLLM's experts have no such matrix")
+    return names[name]
 
 
 def _linear_kind(module: Any) -> str | None:

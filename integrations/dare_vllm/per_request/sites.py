@@ -17,7 +17,7 @@ import torch
 from dare_adapters.kernels import PackedDelta, sparse_delta_linear
 from dare_vllm.per_request.slots import RowSlots
 
-__all__ = ["Change", "EmbeddingSite", "LinearSite", "NormSite", "Site", "Vectors"]
+__all__ = ["Change", "EmbeddingSite", "LinearSite", "NormSite", "Products", "Site", "Vectors"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Site(ABC):
 
         Args:
             slot: from 0.
-            part: "weight" or "bias".
+            part: "weight" or "bias"; of experts, "3.w1".
             start: the layer's first row that changes: fused layers hold several parameters.
             changes: of one shape, which are added up.
         """
@@ -255,6 +255,10 @@ class Products:
     def clear(self, slot: int) -> None:
         if self._changes[slot]:
             self.fill(slot, ())
+
+    def slots(self) -> list[int]:
+        """The slots that change."""
+        return [slot for slot, changes in enumerate(self._changes) if changes]
 
     def _plan(self) -> None:
         self._passes = []

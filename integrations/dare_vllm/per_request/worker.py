@@ -11,6 +11,7 @@ from dare_vllm.per_request.loading import Loader
 from dare_vllm.per_request.model_sites import ModelSites
 from dare_vllm.per_request.packed_adapter import Term, bytes_of, fill_slot
 from dare_vllm.per_request.prompt_scoring import hook_prompt_scoring
+from dare_vllm.per_request.refusal import AdapterRefusedError
 from dare_vllm.per_request.residency import Residency
 from dare_vllm.per_request.slots import RowSlots
 
@@ -88,7 +89,12 @@ def _hook_loading(dare_model: type) -> None:
         start = time.perf_counter()
         terms = serving.loader.load(lora_request)
         if terms is None:
-            return stock_load(self, lora_request)
+            lora = stock_load(self, lora_request)
+            if serving.sites.replaces_experts and any(".experts" in name for name in lora.loras):
+                raise AdapterRefusedError(
+                    lora_request.lora_name, "a LoRA of experts does not run on a CPU in vLLM"
+                )
+            return lora
         serving.residency.count_load(time.perf_counter() - start)
         return dare_model(lora_request.lora_int_id, lora_request.lora_name, terms)
 
