@@ -1,4 +1,4 @@
-"""Many adapters through few slots: no wrong answer, and memory does not grow."""
+"""Many adapters through few slots, the base swapped beneath them: every answer, and memory."""
 
 from __future__ import annotations
 
@@ -67,23 +67,45 @@ def models(pack: Pack, adapters: list[Path]) -> list[PreTrainedModel]:
     return [add_densely(pack, {path: 1.0}) for path in adapters]
 
 
+@pytest.fixture(scope="module")
+def models_over_mixture(pack: Pack, adapters: list[Path]) -> list[PreTrainedModel]:
+    """The same while the first adapter is part of the weights that all share."""
+    base = {adapters[0]: 1.0}
+    return [add_densely(pack, {**base, path: 1.0 + base.get(path, 0.0)}) for path in adapters]
+
+
 def test_two_hundred_requests_over_twenty_adapters_in_four_slots(
     pack: Pack,
     adapters: list[Path],
     models: list[PreTrainedModel],
+    models_over_mixture: list[PreTrainedModel],
     start_engine: Callable[..., Engine],
 ) -> None:
+    from dare_vllm import set_mixture
+
     engine = start_engine(
-        pack.base, enable_lora=True, max_loras=SLOTS, max_cpu_loras=SLOTS + 2, max_num_seqs=16
+        pack.base,
+        enable_lora=True,
+        max_loras=SLOTS,
+        max_cpu_loras=SLOTS + 2,
+        max_num_seqs=16,
+        load_format="dare",
+        model_loader_extra_config={"plain_weights": True},
     )
     chosen = random.Random(0)
-    base = pack.live(torch.float32)
+    base, base_now, models_now = pack.live(torch.float32), pack.live(torch.float32), models
     live: dict[int, Any] = {}
     packed: list[int] = []
     asked = before = 0
     for turn in range(ROUNDS):
         if turn == ROUNDS // 4:  # every kind of request was seen
             before = psutil.Process().memory_info().rss
+        if turn == ROUNDS // 3:
+            set_mixture(engine.llm, [str(adapters[0])])
+            base_now, models_now = models[0], models_over_mixture
+        if turn == 2 * ROUNDS // 3:
+            set_mixture(engine.llm, [])
+            base_now, models_now = base, models
         jobs = []
         for _ in range(REQUESTS // ROUNDS):
             number = chosen.randrange(-1, ADAPTERS)  # -1: the base
@@ -99,7 +121,8 @@ def test_two_hundred_requests_over_twenty_adapters_in_four_slots(
             lora_request=[live[number] if number >= 0 else None for number, _ in jobs],
         )
         for answer, (number, prompt) in zip(answers, jobs, strict=True):
-            assert_says_the_same([answer], models[number] if number >= 0 else base, [prompt])
+            model = models_now[number] if number >= 0 else base_now
+            assert_says_the_same([answer], model, [prompt])
         asked += len(jobs)
         held = engine.llm.llm_engine.list_loras()
         assert len(held) <= SLOTS + 2

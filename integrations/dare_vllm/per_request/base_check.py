@@ -23,10 +23,17 @@ from dare_vllm.per_request.sites import EmbeddingSite, LinearSite
 __all__ = ["check_base"]
 
 
-def check_base(source: DeltaSource, sites: ModelSites) -> None:
+def check_base(source: DeltaSource, sites: ModelSites, known: dict[str, str]) -> None:
     """Compare the witness of an adapter with the live weights of this rank.
 
-    Weights that vLLM holds quantised are not compared; the others of such a model are.
+    Weights that vLLM holds quantised are not compared; the others of such a model are. Weights
+    that were swapped for a mixture since another adapter was compared with them are no longer the
+    base's: then the witness must be the one that was compared before.
+
+    Args:
+        source: an adapter.
+        sites: of the model.
+        known: witnesses that were those of the live weights, by name; gains these.
 
     Raises:
         BaseMismatchError: parameters that differ, by name, or one that an adapter changes and of
@@ -38,6 +45,8 @@ def check_base(source: DeltaSource, sites: ModelSites) -> None:
             f"{source.label} has no witness of its base for {listed(unknown)}: nothing tells "
             "whether the served model is the base it was made for"
         )
+    if source.witness.items() <= known.items():
+        return
     wrong: list[tuple[float, str]] = []
     for name, text in source.witness.items():
         try:
@@ -57,6 +66,7 @@ def check_base(source: DeltaSource, sites: ModelSites) -> None:
             + (f" at revision {source.revision}" if source.revision else "")
             + ": serve that"
         )
+    known.update(source.witness)
 
 
 def _distance(name: str, text: str, places: list[Place]) -> float:
@@ -117,7 +127,8 @@ def _is_plain(method: Any) -> bool:
 
 
 def _device(layer: Any) -> torch.device:
-    return next(iter(layer.parameters())).device
+    device: torch.device = next(iter(layer.parameters())).device
+    return device
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:

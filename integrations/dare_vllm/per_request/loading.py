@@ -109,6 +109,7 @@ class Loader:
     def __init__(self, sites: ModelSites, obstacles: str = "") -> None:
         self.sites, self.obstacles = sites, obstacles
         self._opened: OrderedDict[int, list[_Opened]] = OrderedDict()
+        self._witnesses: dict[str, str] = {}
         self._sources: WeakValueDictionary[tuple[object, ...], _Source] = WeakValueDictionary()
         self._packed: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
 
@@ -161,7 +162,7 @@ class Loader:
         known = self._sources.get(stamp)
         if known is None:
             source = open_source(directory)
-            check_base(source, self.sites)
+            check_base(source, self.sites, self._witnesses)
             key = hashlib.sha256(config.read_bytes() + source.identity.encode()).hexdigest()
             known = self._sources[stamp] = _Source(source, key)
         return _Opened(known, weight)

@@ -55,9 +55,9 @@ def linear_shards(layer: Any, kind: str, part: int | None, of: str) -> list[Shar
     shards, before = [], 0
     total = sum(block.size for block in wanted)
     for block in wanted:
-        rows = before + block.first, before + block.first + block.held
+        part_rows = before + block.first, before + block.first + block.held
         before += block.size
-        shard = Shard((total, columns), rows, (0, columns), block.start)
+        shard = Shard((total, columns), part_rows, (0, columns), block.start)
         shards.append(shard if of == "weight" else replace(shard, shape=(total,), columns=(0, 1)))
     return shards
 

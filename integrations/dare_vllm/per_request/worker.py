@@ -67,7 +67,7 @@ def hook_worker() -> None:
     _hook_slots(DareModel)
 
 
-def _hook_loading(dare_model: type) -> None:
+def _hook_loading(dare_model: Any) -> None:
     """Requests whose path is a DARE adapter are loaded here, all others as vLLM does."""
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -117,7 +117,7 @@ def _hook_loading(dare_model: type) -> None:
     WorkerLoRAManager.remove_adapter = remove_for_good
 
 
-def _hook_slots(dare_model: type) -> None:
+def _hook_slots(dare_model: Any) -> None:
     """Sites are filled when vLLM gives an adapter a slot, and emptied when it takes it back."""
     from vllm.lora.model_manager import LoRAModelManager
 
