@@ -39,18 +39,19 @@ def make_adapters(work: Path) -> dict[str, Path]:
     return {skill: work / skill for skill in SKILLS}
 
 
-def start_server(adapters: dict[str, Path], port: int) -> subprocess.Popen[bytes]:
-    """`dare-adapters serve`, once it answers."""
+def start_server(adapters: dict[str, Path], port: int, log: Path) -> subprocess.Popen[bytes]:
+    """`dare-adapters serve`, once it answers; what it logs goes to a file."""
     call = [sys.executable, "-c", "from dare_adapters.cli import main; main()", "serve"]
     modules = [f"{name}={path}" for name, path in adapters.items()]
     options = ["--port", str(port), "--served-model-name", "base", "--max-model-len", "64"]
     options += ["--enforce-eager", "--load-format", "dare"]
-    server = subprocess.Popen(
-        [*call, "--hot-swap", str(FAMILY / "base"), *modules, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},
-    )
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [*call, "--hot-swap", str(FAMILY / "base"), *modules, *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},
+        )
     with console.status("vLLM starts (a minute or so)"):
         while server.poll() is None:
             try:
@@ -58,7 +59,7 @@ def start_server(adapters: dict[str, Path], port: int) -> subprocess.Popen[bytes
                     return server
             except requests.RequestException:
                 time.sleep(1)
-    raise SystemExit("the server did not start; run the command of docs/vllm.md to see why")
+    raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
 
 
 def ask(client: openai.OpenAI, model: str, prompt: str) -> str:
@@ -84,7 +85,7 @@ def main() -> None:
     port = parser.parse_args().port
     with tempfile.TemporaryDirectory() as temporary:
         adapters = make_adapters(Path(temporary))
-        server = start_server(adapters, port)
+        server = start_server(adapters, port, Path(temporary) / "server.log")
         try:
             client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
             show(client, "one server, three models", ("base", *SKILLS))

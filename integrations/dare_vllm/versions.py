@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from dare_adapters.errors import DareError
 
@@ -63,6 +64,10 @@ def check_hooks(hooks: Iterable[Hook]) -> None:
 
 
 _warned: set[str] = set()
+_STARS: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 
 
 def _parameters(hook: Hook, version: str) -> tuple[str, ...]:
@@ -78,8 +83,7 @@ def _parameters(hook: Hook, version: str) -> tuple[str, ...]:
         raise UnsupportedVersionError(
             f"vLLM {version}: {hook.path} is not there ({error}); {_advice()}"
         ) from error
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return tuple(stars.get(parameter.kind, "") + parameter.name for parameter in parameters)
+    return tuple(_STARS.get(parameter.kind, "") + parameter.name for parameter in parameters)
 
 
 def _advice() -> str:

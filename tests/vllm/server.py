@@ -16,7 +16,7 @@ import requests
 
 __all__ = ["Server"]
 
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 class Server:
@@ -25,12 +25,14 @@ class Server:
     Args:
         root: where the log goes.
         arguments: of `dare-adapters serve`.
+        api_key: what every request must bring, and those made here do.
 
     Attributes:
         address: http://127.0.0.1:PORT
     """
 
-    def __init__(self, root: Path, *arguments: object) -> None:
+    def __init__(self, root: Path, *arguments: object, api_key: str | None = None) -> None:
+        self._key = api_key
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -38,6 +40,7 @@ class Server:
         self.log = root / "server.log"
         call = "from dare_adapters.cli import main; main()"
         fixed = ["--host", "127.0.0.1", "--port", port, "--enforce-eager", "--dtype", "float32"]
+        fixed += [] if api_key is None else ["--api-key", api_key]
         words = [sys.executable, "-c", call, "serve", *arguments, *fixed]
         environment = {name: value for name, value in os.environ.items() if "MULTIPROC" not in name}
         with self.log.open("w") as log:
@@ -64,18 +67,23 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any]) -> requests.Response:
         """POST JSON."""
-        return requests.post(f"{self.address}{path}", json=body, timeout=120)
+        return requests.post(f"{self.address}{path}", json=body, headers=self._headers, timeout=120)
 
     def get(self, path: str) -> requests.Response:
         """GET."""
-        return requests.get(f"{self.address}{path}", timeout=60)
+        return requests.get(f"{self.address}{path}", headers=self._headers, timeout=60)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
 
     @property
     def client(self) -> Any:
         """An OpenAI client."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+        key = self._key or "none"
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0)
 
     def close(self) -> None:
         """End the server and its engine."""

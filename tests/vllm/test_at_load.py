@@ -122,14 +122,13 @@ def test_added_vocabulary_rows_need_a_model_that_is_built_for_them(
         hf_overrides={"vocab_size": 102},
     )
     live = pack.live()
-    live.load_dare_adapter(adapter)
+    live.load_dare_adapter(adapter, adapter_name="once")
     prompts = [[1, 5, 99, 101], [1, 100]]
     assert_says_the_same(engine.greedy(prompts), live, prompts)
     with pytest.raises(ArchitectureMismatchError, match=r"\[102, 128\] now, \[97, 128\] then"):
         set_mixture(engine.llm, [])
     doubled = [{"path": adapter, "weight": 2.0}]
-    live.delete_dare_adapter("default")
-    live.load_dare_adapter(adapter, weight=2.0)
+    live.set_dare_adapter({"once": 2.0})
     for route in ("reload", "sparse"):
         set_mixture(engine.llm, [adapter], route=route)
         set_mixture(engine.llm, doubled, route=route)

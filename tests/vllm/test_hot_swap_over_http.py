@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from transformers import PreTrainedModel
 
 from tests.conftest import Pack
@@ -40,6 +41,7 @@ def server(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         *("--load-format", "dare", "--model-loader-extra-config", '{"plain_weights": true}'),
         *("--served-model-name", "base", "--max-model-len", 256, "--skip-tokenizer-init"),
         *("--block-size", 32, "--num-gpu-blocks-override", 12),
+        api_key="secret",
     )
     yield found
     found.close()
@@ -153,6 +155,14 @@ def test_no_answer_is_begun_by_the_old_weights_and_ended_by_the_new(
         else:
             assert answer.tokens in (before, after)
     assert_serves(server, merged(pack, {"a": 1.0}))
+
+
+def test_a_swap_needs_the_key_of_the_server(server: Server, pack: Pack) -> None:
+    body = {"adapters": [str(pack.adapters["a"])]}
+    answer = requests.post(f"{server.address}{PATH}", json=body, timeout=60)
+    assert answer.status_code == 401
+    assert requests.get(f"{server.address}{PATH}", timeout=60).status_code == 401
+    assert server.get(PATH).json()["adapters"] == []
 
 
 def test_the_metrics_tell_of_swaps(server: Server, pack: Pack) -> None:

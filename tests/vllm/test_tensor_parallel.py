@@ -15,7 +15,11 @@ pytestmark = pytest.mark.vllm
 from dare_vllm import set_mixture  # noqa: E402 (only where vLLM is)
 
 
-def test_two_ranks_load_and_swap_as_one(packs: Packs, start_engine: Callable[..., Engine]) -> None:
+def test_two_ranks_load_and_swap_as_one(
+    packs: Packs, start_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By default each rank wants a memory node of its own.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     pack = packs("llama")
     a, b = str(pack.adapters["a"]), str(pack.adapters["b"])
     engine = start_engine(

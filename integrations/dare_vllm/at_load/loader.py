@@ -26,7 +26,7 @@ PLAIN_WEIGHTS = "plain_weights"
 """A switch in `model_loader_extra_config`: keep CPU weights where a sparse swap finds them."""
 
 
-class DareModelLoader(DefaultModelLoader):
+class DareModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Streams the base and adds the adapters of `model_loader_extra_config`.
 
     The fields are those of :class:`dare_vllm.mixture.Mixture`, `plain_weights`, and vLLM's own for
@@ -71,7 +71,8 @@ class DareModelLoader(DefaultModelLoader):
         self, model_config: ModelConfig, model: nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """What vLLM's own loader reads."""
-        return super().get_all_weights(model_config, model)
+        weights: Iterator[tuple[str, torch.Tensor]] = super().get_all_weights(model_config, model)
+        return weights
 
     def add_mixture(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 __all__ = ["abort_unfinished"]
+
+logger = logging.getLogger("vllm.dare")
 
 
 def abort_unfinished(core: Any) -> list[str]:
@@ -27,4 +30,8 @@ def abort_unfinished(core: Any) -> list[str]:
     if begun:
         aborted = scheduler.finish_requests(begun, RequestStatus.FINISHED_ABORTED)
         core._send_abort_outputs(aborted)
+        logger.warning(
+            "aborted %d requests that had been preempted halfway: a swap changes the weights",
+            len(begun),
+        )
     return begun

@@ -55,7 +55,7 @@ class _Swap:
     before: Mixture
     old: MergedWeights
     new: MergedWeights
-    committed: bool = False
+    written: bool = False  # in whole or in part, and not undone
 
 
 def answer(worker: Any, method: str, *arguments: Any) -> dict[str, Any]:
@@ -85,6 +85,7 @@ class SwapWorker:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self._current: MergedWeights | None = None
+        self._current_key: object = None
         self._prepared: _Swap | None = None
         self._compared: set[str] = set()
 
@@ -119,8 +120,7 @@ class SwapWorker:
                 "as servers of their own and swap each"
             )
         mixture = Mixture.from_config(config)
-        old = self._current or self._open(self._mixture)
-        self._current = old
+        old = self._open_current()
         loader = self._loader(mixture)
         new = loader.open_mixture(self._model_config, old.base)
         self._check_same_tensors(old, new)
@@ -150,22 +150,21 @@ class SwapWorker:
         """
         swap = self._of(token)
         start = time.perf_counter()
+        swap.written = True
         try:
             entries = self._write(swap, swap.new, swap.old)
         except BaseException:
             self._restore(swap)
             raise
-        self._set_load_config(swap.loader.mixture)
-        self._current, swap.committed = swap.new, True
+        self._set_current(swap.loader.mixture, swap.new)
         return {"route": swap.route, "seconds": time.perf_counter() - start, "entries": entries}
 
     def rollback(self, token: str) -> dict[str, Any]:
-        """Undo a commit of this token, where it was made."""
+        """Bring the old mixture back, where a commit of this token has not done so itself."""
         swap = self._of(token)
-        if swap.committed:
+        if swap.written:
             self._restore(swap)
-            self._set_load_config(swap.before)
-            self._current, swap.committed = swap.old, False
+            self._set_current(swap.before, swap.old)
         return {}
 
     def _write(self, swap: _Swap, target: MergedWeights, other: MergedWeights) -> int:
@@ -197,6 +196,7 @@ class SwapWorker:
             with set_current_vllm_config(self.worker.vllm_config):
                 finalize_layerwise_reload(self._model, self._model_config)
         self._write(swap, swap.old, swap.new)
+        swap.written = False
 
     def _check_same_tensors(self, old: MergedWeights, new: MergedWeights) -> None:
         """A running model cannot gain or lose a parameter, or change its shape."""
@@ -235,15 +235,22 @@ class SwapWorker:
                 check_layout(self._model, old.renamed(name), tensor)
                 self._compared.add(name)
 
-    def _open(self, mixture: Mixture) -> MergedWeights:
-        return self._loader(mixture).open_mixture(self._model_config)
+    def _open_current(self) -> MergedWeights:
+        """What the model has, from the swap before or as the load config has it."""
+        key = (self._model_config.model, self._model_config.revision, self._mixture)
+        if self._current is None or key != self._current_key:
+            self._current = self._loader(self._mixture).open_mixture(self._model_config)
+            self._current_key, self._compared = key, set()
+        return self._current
 
     def _loader(self, mixture: Mixture) -> DareModelLoader:
         return DareModelLoader(dataclasses.replace(self._load_config, **self._settings(mixture)))
 
-    def _set_load_config(self, mixture: Mixture) -> None:
-        """So that vLLM's own `reload_weights` loads this mixture."""
+    def _set_current(self, mixture: Mixture, merged: MergedWeights) -> None:
+        """Remember a mixture, and let vLLM's own `reload_weights` load it."""
         self.worker.update_config({"load_config": self._settings(mixture)})
+        self._current = merged
+        self._current_key = (self._model_config.model, self._model_config.revision, self._mixture)
 
     def _settings(self, mixture: Mixture) -> dict[str, Any]:
         """Fields of the load config for a mixture, what else was set there kept."""
