@@ -71,7 +71,7 @@ def _extract(base: Path, finetuned: Path, root: Path) -> Path:
 BAD_ADAPTERS: dict[str, tuple[Callable[[Pack, Path], Path], str]] = {
     "another base": (_of_another_base, "is not the base of"),
     "truncated tensors": (_truncated_tensors, "SHA-256"),
-    "truncated config": (_truncated_config, CONFIG_NAME),
+    "truncated config": (_truncated_config, "not readable as JSON"),
     "no tensors": (_without_tensors, WEIGHTS_NAME),
     "a new head": (_with_a_new_head, "score.weight"),
     "added rows": (_with_added_rows, "model.embed_tokens.weight"),

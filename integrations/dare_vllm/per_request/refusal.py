@@ -10,6 +10,8 @@ __all__ = ["AdapterRefusedError", "listed", "reason_of"]
 
 # How refusals are known again after they came through another process as text.
 MARK = "cannot be served per request: "
+# What vLLM's executor writes behind the message of a worker's error.
+BEHIND = "', please check the stack trace above"
 _LISTED = 6
 
 
@@ -29,7 +31,7 @@ def reason_of(error: BaseException) -> str | None:
     """The refusal in an error, perhaps of another process; None: it is another error."""
     text = str(error)
     start = text.find("adapter ")
-    return text[start:] if MARK in text and start >= 0 else None
+    return text[start:].partition(BEHIND)[0] if MARK in text and start >= 0 else None
 
 
 def listed(names: Sequence[str]) -> str:
