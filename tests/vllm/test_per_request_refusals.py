@@ -128,3 +128,17 @@ def test_a_lora_of_experts_is_refused_on_a_cpu(
     save_file(tensors, file)
     with pytest.raises(Exception, match="LoRA of experts"):
         engine.llm.llm_engine.add_lora(request_for(lora))
+
+
+def test_a_compiled_model_cannot_serve_adapters_and_says_what_to_set() -> None:
+    from dare_vllm.per_request.engine_check import engine_obstacles
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    assert engine_obstacles(config) == ""
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    assert "--enforce-eager" in engine_obstacles(config)
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    assert "--enforce-eager" in engine_obstacles(config)

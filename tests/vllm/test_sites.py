@@ -72,7 +72,6 @@ def test_each_row_gets_the_sum_of_its_own_slots_changes(data: st.DataObject) -> 
 def test_a_compiled_model_holds_one_operator_and_reads_the_slots_when_it_runs() -> None:
     site = site_of([0, -1, 1])
     delta = bernoulli(HIGH, WIDE, 0.5, 16)
-    site.fill(0, "weight", 0, [Change(PackedDelta.from_delta(delta))])
 
     @torch.compile(backend="eager", fullgraph=True)
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +79,8 @@ def test_a_compiled_model_holds_one_operator_and_reads_the_slots_when_it_runs() 
 
     x = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(0))
     expected = x @ delta.dense().T
+    assert not layer(x).any()  # compiled before any adapter is there
+    site.fill(0, "weight", 0, [Change(PackedDelta.from_delta(delta))])
     for slots in ([0, -1, 1], [-1, 0, 0], [1, 1, -1]):
         site.rows.keep._token_lora_indices[:3] = torch.tensor(slots)
         here = (torch.tensor(slots) == 0)[:, None]

@@ -22,11 +22,11 @@ def engine_obstacles(config: Any = None) -> str:
         config = get_current_vllm_config()
     found = []
     compilation = config.compilation_config
-    graphs = getattr(getattr(compilation, "cudagraph_mode", None), "name", "NONE")
-    if graphs != "NONE" and not config.model_config.enforce_eager:
+    modes = (getattr(compilation, name, None) for name in ("mode", "cudagraph_mode"))
+    if any(getattr(mode, "name", "NONE") != "NONE" for mode in modes):
         found.append(
-            "CUDA graphs are on, and one would keep the adapters it was captured with: start the "
-            "engine with --enforce-eager"
+            "the model is compiled, and would keep the adapters that it was compiled or captured "
+            "with: start the engine with --enforce-eager"
         )
     if getattr(config.parallel_config, "enable_dbo", False):
         found.append("batches are split in two, of which vLLM tells no slots: drop --enable-dbo")

@@ -123,21 +123,28 @@ class LinearSite(Site):
     def add(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The output of the base layer (…, N) for x (…, K), with each row's changes."""
         self.ran = True
-        if not self.bias.used and not any(products.used for products in self.products.values()):
+        compiling = torch.compiler.is_compiling()  # nothing that changes may be looked at then
+        if not compiling and not self.used:
             return output
         output = output.contiguous()
         flat, x = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():
+        if compiling:
             _add_changes(flat, x, self.number)
         else:
             self.run(flat, x)
         return output
 
+    @property
+    def used(self) -> bool:
+        """Whether any slot changes the layer."""
+        return self.bias.used or any(products.used for products in self.products.values())
+
     def run(self, output: torch.Tensor, x: torch.Tensor) -> None:
         """:meth:`add` to matrices, in place."""
         slots = self.rows.of_samples(x) if self.of_samples else self.rows.of_tokens(len(x))
         for start, products in self.products.items():
-            products.add(output, x, slots, start)
+            if products.used:
+                products.add(output, x, slots, start)
         if self.bias.used:
             output += self.bias.of(slots).to(output.dtype)
 
