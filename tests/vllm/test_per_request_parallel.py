@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("kind", ["tied-llama-bf16", "qwen2", "mixtral"])
 @pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_answer_as_one(
     kind: str,

@@ -6,7 +6,7 @@ what is fused. Whatever has no site is refused by name, so that no part of a fin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,16 @@ class ModelSites:
         model: a model of vLLM's, its layers wrapped for LoRA.
         packed: fused layer -> the checkpoint's names of what it holds.
         rows: where slots are told.
-        wrap: False leaves the model as it is: nothing has a place then.
+        has_rows: whether the rows of a layer, by its name, are tokens of the step; those of an
+            image's tower are not.
     """
 
     def __init__(
-        self, model: Any, packed: dict[str, list[str]], rows: RowSlots, *, wrap: bool = True
+        self,
+        model: Any,
+        packed: dict[str, list[str]],
+        rows: RowSlots,
+        has_rows: Callable[[str], bool],
     ) -> None:
         self.model, self.rows = model, rows
         self._packed = packed
@@ -62,8 +67,8 @@ class ModelSites:
         self._elsewhere: list[str] = []  # layers of other pipeline stages
         self._sites: dict[tuple[int, type[Site]], Site] = {}
         self._kinds: dict[int, str] = {}
-        for name, module in list(model.named_modules(remove_duplicate=False)) if wrap else ():
-            self._take(name, module)
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            self._take(name, module, has_rows)
         config = model.config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
 
@@ -103,11 +108,17 @@ class ModelSites:
         if part not in ("weight", "bias"):
             raise NoPlaceError(f"{type(layer).__name__} has nothing of that name that can change")
         found = list(self._places_in(layer, part, number))
-        if self._tied and self._kind(layer) in ("embedding", "head") and part == "weight":
-            both = [one for one in self._layers.values() if self._kind(one) in _VOCABULARY]
-            for other in {id(one): one for one in both if one is not layer}.values():
-                found += self._places_in(other, part, None)
+        for other in self._tied_to(layer) if part == "weight" else ():
+            found += self._places_in(other, part, None)
         return found
+
+    def _tied_to(self, layer: Any) -> list[Any]:
+        """The head of an embedding that is also the head's weight, or the other way round."""
+        if not self._tied or self._kind(layer) not in _VOCABULARY:
+            return []
+        other = _VOCABULARY[1 - _VOCABULARY.index(self._kind(layer) or "")]
+        found = {id(one): one for one in self._layers.values() if self._kind(one) == other}
+        return list(found.values())
 
     def _expert_place(self, layer: Any, part: str, matrix: str) -> Place:
         site = self._sites.get((id(layer), ExpertsSite))
@@ -175,7 +186,7 @@ class ModelSites:
     def _kind(self, layer: Any) -> str | None:
         return self._kinds.get(id(layer))
 
-    def _take(self, name: str, module: Any) -> None:
+    def _take(self, name: str, module: Any, has_rows: Callable[[str], bool]) -> None:
         """Make a site of a module, if it is a layer of a kind that is known."""
         from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -187,7 +198,7 @@ class ModelSites:
         self._layers[name] = module
         if id(module) in self._kinds:
             return
-        kind = _kind_of(module)
+        kind = _kind_of(module) if has_rows(name) else None
         if kind is None:
             return
         self._kinds[id(module)] = kind

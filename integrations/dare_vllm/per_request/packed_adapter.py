@@ -85,7 +85,7 @@ def pack_adapter(
         except NoPlaceError as error:
             problems.add(str(error), name)
             continue
-        if started and not all(place.site.ran for place in places):
+        if started and places and not _is_called(places):
             problems.add("the model does not call that layer where a change could be added", name)
         planned.append((name, places))
     changes: list[tuple[Place, PackedDelta | torch.Tensor]] = []
@@ -105,6 +105,14 @@ def pack_adapter(
     if problems.found:
         raise UnservedError(problems.text())
     return PackedAdapter(source.label, changes, nbytes)
+
+
+def _is_called(places: Sequence[Place]) -> bool:
+    """Whether the model calls every layer of a parameter, or one of those that share its tensor."""
+    parts: dict[object, list[bool]] = {}
+    for place in places:
+        parts.setdefault((place.part, place.shard), []).append(place.site.ran)
+    return all(any(ran) for ran in parts.values())
 
 
 def _unserved(delta: Delta | NewParameter, places: Sequence[Place]) -> str | None:

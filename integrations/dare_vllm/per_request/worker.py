@@ -25,8 +25,12 @@ class Serving:
         wrapper = manager._get_punica_wrapper(_language_prefix(manager))
         self.rows = RowSlots(wrapper, manager.lora_slots)
         obstacles = engine_obstacles()
+
+        def has_rows(name: str) -> bool:
+            return not obstacles and manager._get_punica_wrapper(name) is wrapper
+
         packed = manager.packed_modules_mapping
-        self.sites = ModelSites(manager.model, packed, self.rows, wrap=not obstacles)
+        self.sites = ModelSites(manager.model, packed, self.rows, has_rows)
         self.loader = Loader(self.sites, obstacles)
         self.residency = Residency(rank=_rank(), slots=manager.lora_slots)
 
