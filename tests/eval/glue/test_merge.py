@@ -22,13 +22,18 @@ PAIRED = MergeAxes(
 )
 
 
-def bench(lab: Lab, data: Path | None = None) -> MergeBench:
-    return MergeBench(
-        lab.base,
-        lab.of("sst2", "mrpc", "stsb"),
-        data_dir=data or lab.data,
-        max_length=24,
-    )
+ALL, PAIR = ("sst2", "mrpc", "stsb"), ("sst2", "stsb")
+
+
+def bench(lab: Lab, tasks: tuple[str, ...] = ALL, data: Path | None = None) -> MergeBench:
+    return MergeBench(lab.base, lab.of(*tasks), data_dir=data or lab.data, max_length=24)
+
+
+@pytest.fixture(scope="module")
+def paired(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    records = Records(tmp_path_factory.mktemp("paired"))
+    run_merge(bench(lab, PAIR), records, PAIRED)
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_a_method_takes_the_options_that_were_best_on_training_rows(merged: Reco
     assert scales["average"] == 1
 
 
-def test_dev_labels_do_not_change_what_is_chosen(lab: Lab, tmp_path: Path):
+def test_dev_labels_do_not_change_what_is_chosen(lab: Lab, paired: Records, tmp_path: Path):
     """All dev labels are turned round: scores change, no choice does."""
     poisoned = shutil.copytree(lab.data, tmp_path / "data")
     for file in poisoned.glob("glue/*/dev.jsonl"):
@@ -87,30 +92,29 @@ def test_dev_labels_do_not_change_what_is_chosen(lab: Lab, tmp_path: Path):
         top = 5.0 if file.parent.name == "stsb" else 1
         lines = [json.dumps({**row, "label": top - row["label"]}) for row in rows]
         file.write_text("\n".join(lines))
-    clean, records = Records(tmp_path / "clean"), Records(tmp_path / "records")
-    run_merge(bench(lab), clean, PAIRED)
-    run_merge(bench(lab, poisoned), records, PAIRED)
-    assert len(chosen(clean)) == 3 * 2 * 2
-    assert chosen(records) == chosen(clean)
+    records = Records(tmp_path / "records")
+    run_merge(bench(lab, PAIR, poisoned), records, PAIRED)
+    assert len(chosen(paired)) == 2 * 2
+    assert chosen(records) == chosen(paired)
     scores = {r.config["task"]: r.result["score"] for r in records if "task" in r.config}
-    before = {r.config["task"]: r.result["score"] for r in clean if "task" in r.config}
+    before = {r.config["task"]: r.result["score"] for r in paired if "task" in r.config}
     assert all(scores[task] != before[task] for task in before)
 
 
 def test_dev_rows_are_not_even_there_while_options_are_chosen(
-    lab: Lab, merged: Records, tmp_path: Path
+    lab: Lab, paired: Records, tmp_path: Path
 ):
     without = shutil.copytree(lab.data, tmp_path / "data")
-    own = bench(lab, without)
+    own = bench(lab, PAIR, without)
     singles = Records(tmp_path / "records")
-    for record in merged:
+    for record in paired:
         if "task" in record.config:  # scores of single models are known
             singles.run(record.config, lambda record=record: record.result)
     for file in without.glob("glue/*/dev.jsonl"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"dev\.jsonl"):
-        run_merge(own, singles, FEW)  # it gets as far as the first merge that is scored on dev
-    assert chosen(singles) == chosen(merged)
+        run_merge(own, singles, PAIRED)  # it gets as far as the first merge that is scored on dev
+    assert chosen(singles) == chosen(paired)
 
 
 def test_what_is_recorded_is_not_merged_again(
