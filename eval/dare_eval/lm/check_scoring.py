@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dare_eval.lm import documents, scoring
+from dare_eval.lm.answers import read_number
 from dare_eval.lm.sandbox.run import require_sandbox
 
 __all__ = ["REFERENCES", "ScoringCheck", "check_scoring"]
@@ -67,7 +68,7 @@ REFERENCES: dict[str, _Reference] = {
     "gsm8k": _Reference(
         documents.gsm8k,
         _gsm8k,
-        lambda document: scoring.read_number(scoring.gsm8k_target(document)),
+        lambda document: read_number(scoring.gsm8k_target(document)),
         scoring.gsm8k,
         "exact_match",
     ),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dare_eval.errors import DataNotFoundError
 from dare_eval.lm.harness import TASKS_DIRECTORY
 from dare_eval.lm.sandbox.run import require_sandbox
 
@@ -22,6 +23,7 @@ PAPER_TASKS = {
 }
 """The names of this package's tasks; any other name is one of the harness's own."""
 
+_SEED = 1234  # the harness's own
 _RUNS_CODE = ("humaneval", "mbpp")
 
 
@@ -65,11 +67,12 @@ class Evaluation:
             `task_version`, and `outputs`, the name of the file.
 
         Raises:
-            DataNotFoundError: the task's documents are not to be had.
+            DataNotFoundError: there is no such task, or its documents are not to be had.
             RefusedCodeError: it runs code, which is not allowed.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
+        from transformers import set_seed
 
         check_task(task, self.allow_code_execution)
         full_name = PAPER_TASKS.get(task, task)
@@ -78,16 +81,28 @@ class Evaluation:
             include_defaults=task not in PAPER_TASKS,
             metadata={"data_dir": self.data_dir} if self.data_dir is not None else None,
         )
-        found = simple_evaluate(
-            model=model,
-            tasks=[full_name],
-            task_manager=manager,
+        # Its `simple_evaluate` also asks pip for every package's version, which takes longer than
+        # a small cell.
+        try:
+            loaded = manager.load([full_name])
+        except KeyError as error:
+            raise DataNotFoundError(
+                f"there is no task {task!r}: neither one of {', '.join(PAPER_TASKS)} nor one that "
+                "`dare-eval lm harness ls tasks` lists"
+            ) from error
+        for one in loaded["tasks"].values():
+            self._set_up(one)
+        set_seed(_SEED)
+        found = evaluate(
+            lm=model,
+            task_dict=loaded,
             limit=self.limit,
-            gen_kwargs=None if self.max_tokens is None else {"max_gen_toks": self.max_tokens},
             confirm_run_unsafe_code=self.allow_code_execution,
             log_samples=True,
         )
-        metrics = found["results"][full_name]
+        metrics = found["results"].get(full_name)
+        if metrics is None:
+            raise DataNotFoundError(f"{task} has no score of its own; name one of its tasks")
         scores = {
             key.partition(",")[0]: value
             for key, value in metrics.items()
@@ -96,16 +111,25 @@ class Evaluation:
         metric = next(iter(scores))
         errors = (value for key, value in metrics.items() if key.startswith(f"{metric}_stderr,"))
         stderr = next(errors, None)
-        samples = found["samples"][full_name]
+        samples = [sample for part in found["samples"].values() for sample in part]
         return {
             "score": scores[metric],
             "metric": metric,
             "scores": scores,
             "stderr": stderr if isinstance(stderr, float) else None,
             "documents": len(samples),
-            "task_version": found["versions"][full_name],
+            "task_version": found["versions"].get(full_name),
             "outputs": self._write(task, file, generator, samples),
         }
+
+    def _set_up(self, task: Any) -> None:
+        """What the harness's command sets of a task."""
+        if self.max_tokens is not None and task.get_config("output_type") == "generate_until":
+            own = {"max_gen_toks": self.max_tokens}
+            task.set_config(key="generation_kwargs", value=own, update=True)
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
 
     def _write(
         self, task: str, file: str, generator: str, samples: list[dict[str, Any]]
