@@ -324,7 +324,7 @@ def _active(model: nn.Module) -> LiveAdapters | None:
 def without_dare_adapters(model: nn.Module) -> Iterator[None]:
     """The model's own weights inside the block, with all that is active back after it."""
     state = _active(model)
-    with nullcontext() if state is None else state.suspended(model):  # type: ignore[arg-type]
+    with nullcontext() if state is None else state.suspended(model):
         yield
 
 

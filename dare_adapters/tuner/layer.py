@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner.exchange import exchange, exchanged
@@ -23,6 +24,8 @@ from dare_adapters.tuner.state import DareState
 
 __all__ = ["BYSTANDER", "DareBystander", "DareLayer"]
 
+# Weights of fewer entries are not worth the bookkeeping.
+_LARGE = 1 << 16
 # The name of a bystander in its module. PEFT skips names with the method's prefix in them.
 BYSTANDER = "_dare"
 
@@ -48,12 +51,19 @@ class DareLayer(DareState):
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward under the active adapters."""
-        if self.disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
+        """The module's forward under the active adapters.
+
+        What adapters compute is left out of a graph that `torch.compile` makes: which of them act,
+        and for which rows, is no part of it, and compiles nothing again.
+        """
+        if self.is_merged is not self._disable_adapters:
             return self.base_layer(*args, **kwargs)
-        if self.merged_adapters:
+        return self._forward_adapted(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_adapted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._disable_adapters:
+            self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.rows is not None:
             from dare_adapters.tuner.mixed_batch import mixed_forward
@@ -69,12 +79,37 @@ class DareLayer(DareState):
             return self.base_layer(*args, **kwargs)
         if must_add(self) or better_adds(self, adapters, args):
             return forward_adding(self, adapters, args, kwargs)
+        if self._better_recomputes(adapters):
+            made: Any = checkpoint(
+                self._forward_effective, adapters, args, kwargs,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+            return made
+        return self._forward_effective(adapters, args, kwargs)
+
+    def _forward_effective(
+        self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         values = self.effective(adapters)
         owner = self.owner
         if any(name in owner.__dict__ for name in values):  # FSDP
             with exchanged(owner, values):
                 return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, self._within(values), args, kwargs)
+
+    def _better_recomputes(self, adapters: Sequence[str]) -> bool:
+        """Whether backward makes the weight again, which autograd would keep for it until then.
+
+        What is recomputed ends before the layer's own product, of which backward has no need.
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        owner = self.owner
+        if self._modules["base_layer"] is not owner or "weight" in owner.__dict__:
+            return False  # other methods' dropout would be drawn again; FSDP's weights are gone
+        weight = owner._parameters.get("weight")
+        large = weight is not None and weight.numel() >= _LARGE
+        return large and self.trains(adapters)
 
     def _within(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Names of the owner's parameters as the base layer has them."""

@@ -40,11 +40,12 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.other_param_names: tuple[str, ...] = ("dare_stored",)
         self.dare_stored: dict[str, list[StoredParameter]] = {}
         self.merged_adapters: list[str] = []
+        self.is_merged = False  # the same in a word, without the names
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._leaving: str | None = None
         self._patch = Patch()
-        self._beside: MergedBeside = []  # when it was applied
+        self._applied_beside: MergedBeside = []
         # The model and the path in it where the layer, or what is around it, is found. In a list,
         # so that it is no child of this module.
         self._place: tuple[list[nn.Module], str] = ([], "")
@@ -176,14 +177,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self._with_rows(made, here)
 
     def _sum(self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]) -> torch.Tensor:
-        if (
-            any(
-                part.requires_grad
-                for one, adapter in here
-                for part in self.parts(one, adapter).values()
-            )
-            and torch.is_grad_enabled()
-        ):
+        if torch.is_grad_enabled() and self._any_trains(here):
             return self._trained_sum(base, here)
         if base.device.type != "cpu":
             return self._sum_on_device(base, here)
@@ -195,6 +189,17 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             key = (window.offset, window.strides, window.shape, id(window.positions))
             windows.setdefault(key, (window, []))[1].append(WeightedDelta(delta))
         return add_deltas(base, list(windows.values()))
+
+    def trains(self, adapters: Sequence[str]) -> bool:
+        """Whether anything that these adapters hold for the module has a gradient."""
+        return self._any_trains(
+            [(one, name) for name in adapters for one in self.dare_stored.get(name, ())]
+        )
+
+    def _any_trains(self, here: Sequence[tuple[StoredParameter, str]]) -> bool:
+        return any(
+            part.requires_grad for one, name in here for part in self.parts(one, name).values()
+        )
 
     def _trained_sum(
         self, base: torch.Tensor, here: Sequence[tuple[StoredParameter, str]]
@@ -332,8 +337,8 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self._patch.apply(self.owner, before)
             raise
         finally:
-            self._beside = merged_beside(self, self._outermost())
-        self.merged_adapters = wanted
+            self._applied_beside = merged_beside(self, self._outermost())
+        self.merged_adapters, self.is_merged = wanted, True
 
     def unmerge(self) -> None:
         """Put every bit of the base back, whatever other methods have merged before or since."""
@@ -342,7 +347,7 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._restore()
-        self.merged_adapters = []
+        self.merged_adapters, self.is_merged = [], False
 
     def found_at(self, model: nn.Module, path: str) -> None:
         """Remember where the layer is: adapters of other methods may be put around it there."""
@@ -360,13 +365,13 @@ class DareState(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         owner, patch = self.owner, self._patch
         now = merged_beside(self, self._outermost())
-        restore_beside(owner, patch.owners, lambda: patch.restore(owner), self._beside, now)
-        self._beside = []
+        restore_beside(owner, patch.owners, lambda: patch.restore(owner), self._applied_beside, now)
+        self._applied_beside = []
 
     def forget_merged(self) -> None:
         """Make what is merged the base's own for good."""
         self._patch.forget()
-        self.merged_adapters = []
+        self.merged_adapters, self.is_merged = [], False
 
     def _changes(self, adapters: Sequence[str]) -> list[Change]:
         changes: dict[object, Change] = {}

@@ -30,7 +30,7 @@ class VocabularySize:
     def __init__(self, model: nn.Module, layers: list[tuple[DareState, str]]) -> None:
         self._layers = layers
         config = getattr(model, "config", None)
-        keepers = [config, getattr(config, "text_config", None), *model.modules()]
+        keepers: list[Any] = [config, getattr(config, "text_config", None), *model.modules()]
         self._keepers = [
             one
             for one in keepers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from dare_adapters import Adapter, DareConfig
@@ -108,6 +110,56 @@ def test_gradients_are_those_of_a_dense_delta_at_the_survivors(mask: str) -> Non
     found = tuned.dare_weight_values["default"].grad
     used = slots.compact(found) if mask == "blocked" else found
     assert torch.allclose(used, expected, atol=1e-5)
+
+
+LARGE = {
+    "linear": (lambda: nn.Linear(384, 512), (5, 384)),
+    "convolution": (lambda: nn.Conv2d(64, 128, 3), (2, 64, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("kind", LARGE)
+def test_of_a_large_layer_backward_makes_the_weight_again(
+    kind: str, outer: bool, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    make, shape = LARGE[kind]
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    model = get_peft_model(nn.Sequential(layer), DareConfig(drop_rate=0.75, init_weights=False))
+    saved: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = checkpoint(model, x, use_reentrant=False) if outer else model(x)
+        return y.float().square().sum()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    assert saved
+    assert not any(one.numel() == layer.weight.numel() for one in saved)
+    loss.backward()
+    tuned = model.base_model.model[0]
+    stored = next(one for one in tuned.dare_stored["default"] if one.placement.local == "weight")
+    with torch.no_grad():
+        plain.weight += tuned.delta(stored, "default").dense().view(plain.weight.shape)
+        plain.bias += tuned.dare_bias_delta["default"]
+    again = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = plain(again)
+    y.float().square().sum().backward()
+    assert torch.allclose(x.grad, again.grad, rtol=1e-4, atol=1e-3)
+    slots = stored.support({}).slots(0, stored.support({}).rows)
+    expected = plain.weight.grad.reshape(-1)[slots.compact(slots.index)]
+    found = slots.compact(tuned.dare_weight_values["default"].grad)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(tuned.dare_bias_delta["default"].grad, plain.bias.grad, rtol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
