@@ -97,9 +97,10 @@ def measure_requests(
     family: Family, loras: list[Path], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Requests of the base, of adapters and of LoRAs, in an engine with LoRA; what is held."""
-    from dare_vllm.per_request.residency import DIRECTORY, read_residencies
     from vllm import LLM
     from vllm.lora.request import LoRARequest
+
+    from dare_vllm.per_request.residency import DIRECTORY, read_residencies
 
     settings = {key: value for key, value in SETTINGS.items() if key != "load_format"}
     llm = LLM(
@@ -163,8 +164,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    import dare_vllm
     import vllm
+
+    import dare_vllm
 
     dare_vllm.register()
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,11 +20,11 @@ from typing import cast
 import torch
 
 from dare_adapters.delta import STEP_ENTRIES
-from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.kernels.gpu.available import can_compile
 from dare_adapters.kernels.layout import Declared, Entries, Layout, Rows, Tensors, picked
 from dare_adapters.mask import BlockedSupport
 from dare_adapters.scales import load_scales
+from dare_adapters.sparse_delta import SparseDelta
 
 __all__ = ["BlockedLayout", "pack_blocked"]
 

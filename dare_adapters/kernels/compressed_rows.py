@@ -17,10 +17,10 @@ import torch
 
 from dare_adapters import codec
 from dare_adapters.delta import Delta
-from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.kernels.layout import Declared, Entries, Layout, Rows, Tensors, picked
 from dare_adapters.mask import Slots
 from dare_adapters.scales import load_scales
+from dare_adapters.sparse_delta import SparseDelta
 
 __all__ = ["CompressedRowsLayout", "pack_read", "pack_sparse"]
 

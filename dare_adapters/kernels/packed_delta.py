@@ -13,13 +13,13 @@ from functools import cached_property
 import torch
 
 from dare_adapters.delta import Delta
-from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.kernels.blocked import pack_blocked
 from dare_adapters.kernels.compressed_rows import pack_read, pack_sparse
 from dare_adapters.kernels.dense_rows import pack_dense
 from dare_adapters.kernels.layout import Entries, Layout, Tensors
 from dare_adapters.mask import BlockedSupport
+from dare_adapters.sparse_delta import SparseDelta
 
 __all__ = ["PackedDelta"]
 

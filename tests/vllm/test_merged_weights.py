@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dare_vllm.merged_weights import MergedWeights
-from dare_vllm.mixture import Mixture
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertForSequenceClassification,
@@ -28,6 +26,8 @@ from dare_adapters.errors import (
     CombinationError,
     UnsupportedParameterError,
 )
+from dare_vllm.merged_weights import MergedWeights
+from dare_vllm.mixture import Mixture
 from tests.conftest import Pack, PackMaker, raw_bytes, read_checkpoint, tiny_llama
 from tests.test_hf import task_pack
 from tests.test_live import mixtral_config

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from dare_vllm.per_request.mix_names import MAX_TERMS, parse_mix
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dare_vllm.per_request.mix_names import MAX_TERMS, parse_mix
 
 names = st.text("abcXYZ019._/-", min_size=1, max_size=12)
 weights = st.decimals(-100, 100, places=3).map(float)

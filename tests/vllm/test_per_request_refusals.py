@@ -131,8 +131,9 @@ def test_a_lora_of_experts_is_refused_on_a_cpu(
 
 
 def test_a_compiled_model_cannot_serve_adapters_and_says_what_to_set() -> None:
-    from dare_vllm.per_request.engine_check import engine_obstacles
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+
+    from dare_vllm.per_request.engine_check import engine_obstacles
 
     config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -105,11 +105,12 @@ def test_a_layer_that_is_fused_in_the_checkpoint_has_a_shard_of_each_part(degree
 
 
 def test_an_embeddings_rows_are_the_weight_loaders(degree: int) -> None:
-    from dare_vllm.per_request.shards import embedding_shards
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
         VocabParallelEmbedding,
     )
+
+    from dare_vllm.per_request.shards import embedding_shards
 
     for kind in (VocabParallelEmbedding, ParallelLMHead):
         layer = kind(97, HIDDEN)  # no multiple of anything: the last ranks hold padding

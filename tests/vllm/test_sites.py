@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dare_vllm.per_request.sites import Change, LinearSite, Vectors
-from dare_vllm.per_request.slots import RowSlots, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_adapters.kernels import PackedDelta
+from dare_vllm.per_request.sites import Change, LinearSite, Vectors
+from dare_vllm.per_request.slots import RowSlots, rows_of
 from tests.conftest import raw_bytes
 from tests.kernels.deltas import bernoulli, deltas
 

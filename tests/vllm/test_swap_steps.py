@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
+from dare_adapters.errors import AdapterNotFoundError, DareError
 from dare_vllm.hot_swap.steps import (
     EngineLostError,
     Pause,
@@ -14,8 +16,6 @@ from dare_vllm.hot_swap.steps import (
     SwapFailedError,
     swap_steps,
 )
-
-from dare_adapters.errors import AdapterNotFoundError, DareError
 
 FINE: dict[str, Any] = {}
 BROKEN = {"error": "OSError", "message": "the disk is gone"}
