@@ -333,7 +333,7 @@ class _Run:
         return self._seeds[number]
 
     def _content_of(self, checkpoint: Checkpoint) -> int:
-        """Its content's seed: adapters over one base, each a model of its own, share the reading."""
+        """The seed that a checkpoint's content gives; adapters over one base share the reading."""
         if checkpoint.path not in self._contents:
             self._contents[checkpoint.path] = content_seed(_each_released(checkpoint))
         return self._contents[checkpoint.path]
