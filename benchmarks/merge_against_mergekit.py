@@ -107,6 +107,8 @@ def measure(
         base, first, second = maker.submit(make_family, work).result()
     models = [first.absolute(), second.absolute()]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # Installed packages have their bytecode; a checkout may write its own.
+    quiet.pop("PYTHONDONTWRITEBYTECODE", None)
     ours = [str(Path(sys.executable).with_name("dare-adapters")), "merge"]
     results: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)),
