@@ -4,7 +4,7 @@
 
 The Llama of benchmarks/vllm_serving.py, 110 million parameters in bfloat16, with four fine-tunes of
 every parameter as adapters at p = 0.9 and 4 bits, and four LoRAs of rank 64 of every projection.
-Batches of 16 requests, prompts of 16 tokens, 32 new tokens each, on the CPU; the four adapters
+Batches of 16 requests, prompts of 16 tokens, 16 new tokens each, on the CPU; the four adapters
 have four requests each. One engine without LoRA tells what the base and a merged adapter do, one
 with LoRA the rest; each kind in turn, round after round.
 """
@@ -27,13 +27,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 from vllm_serving import SETTINGS, SPREAD, Family, start  # sets vLLM's environment first
 
 ADAPTERS = 4
 RANK = 64
-BATCH, PROMPT, NEW = 16, 16, 32
+BATCH, PROMPT, NEW = 16, 16, 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -81,7 +82,7 @@ def measure_merged(family: Family, rounds: int) -> dict[str, list[float]]:
 
     llm = start(family.base)
     found: dict[str, list[float]] = {"base": [], "one merged adapter": []}
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), desc="base, merged"):
         for name, mixture in (("base", []), ("one merged adapter", [str(family.adapters[0])])):
             set_mixture(llm, mixture)
             speed = generate(llm, [None] * BATCH)
@@ -123,7 +124,7 @@ def measure_requests(
         "four LoRAs": lambda: [one for one in low_rank for _ in range(share)],
     }
     found: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), desc="by request"):
         for name, requests in kinds.items():
             for request in {id(one): one for one in requests() if one is not None}.values():
                 llm.llm_engine.add_lora(request)  # into its slot, before the clock starts
