@@ -34,10 +34,12 @@ glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DI
 	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks stsb --epochs 1 --learning-rate 1e-4
 	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks rte --epochs 3 --learning-rate 1e-4
 	$(EVAL) delta-stats $(MINILM) $(GLUE)/finetuned/* --records $(GLUE)/records
-	$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --methods dare,drop_only,magnitude --drop-rates 0.1,0.5,0.8,0.9,0.95,0.99
-	$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --methods masked_weights --drop-rates 0.1,0.5,0.9
+	for rows in "sst2,mrpc,stsb,rte --eval-rows 256" "cola --eval-rows 1043"; do \
+		$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --methods dare,drop_only,magnitude --drop-rates 0.1,0.5,0.8,0.9,0.95,0.99 && \
+		$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --methods masked_weights --drop-rates 0.1,0.5 && \
+		$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875 || exit 1; \
+	done
 	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --selection-rows 64 --drop-rates 0.9
-	$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875
 	$(EVAL) report $(GLUE)/records --out $(GLUE)/report
 
 encoder: setup ## MiniLM on SST-2, five mask seeds; ARGS="--data-dir DIR --finetuned DIR"

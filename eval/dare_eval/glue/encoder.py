@@ -86,16 +86,16 @@ class GlueEncoder:
             **options: of `add_weighted_adapter`.
         """
         for task in tasks:
-            self.encoder.load_dare_adapter(self.deltas[task], task, activate=False)
+            if task not in self.encoder.dare_adapters:
+                self.encoder.load_dare_adapter(self.deltas[task], task, activate=False)
+        self.encoder.add_weighted_adapter(
+            list(tasks), [1.0] * len(tasks), "merged", combination_type=method, **options
+        )
         try:
-            self.encoder.add_weighted_adapter(
-                list(tasks), [1.0] * len(tasks), "merged", combination_type=method, **options
-            )
-            self.encoder.set_dare_adapter("merged")
-            yield
+            with self.encoder.dare_adapter("merged"):
+                yield
         finally:
-            for name in list(self.encoder.dare_adapters):
-                self.encoder.delete_dare_adapter(name)
+            self.encoder.delete_dare_adapter("merged")
 
     def model(self, task: str) -> nn.Module:
         """The task's classifier, with whatever the encoder wears."""

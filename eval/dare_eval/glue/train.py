@@ -70,7 +70,7 @@ class TrainingSettings:
 
     @property
     def reduced(self) -> dict[str, list[Any]]:
-        """Settings that differ from MergeLM's: [hers, here]."""
+        """Settings that differ from MergeLM's: name -> [MergeLM's, here]."""
         paper = TrainingSettings(held_out=0)
         return {
             name: [getattr(paper, name), value]

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from dare_eval.records import Record
-from dare_eval.report.axes import REFERENCES, distinguishing, grouped, spread_of, title_of
+from dare_eval.report.axes import (
+    REFERENCES,
+    distinguishing,
+    grouped,
+    plain,
+    spread_of,
+    title_of,
+)
 from dare_eval.report.style import COLOURS, MARKERS, panels
 from dare_eval.report.table import Table, Value
 
 __all__ = ["fidelity_figure", "fidelity_table"]
+
+_AXES = ("method", "bits", "drop_rate", "size")
 
 
 def fidelity_table(records: Sequence[Record], name: str, result: str) -> Table:
@@ -32,8 +41,9 @@ def fidelity_table(records: Sequence[Record], name: str, result: str) -> Table:
             }
             if own:
                 rows.append([REFERENCES[kind], None, None, *(own.get(task) for task in tasks)])
-    keys = ["method", "bits", "drop_rate", "size"]
-    distinct = distinguishing(stored, keys, without=["task", "finetuned"])
+    distinct = distinguishing(stored, [*_AXES], without=["task"])
+    more = distinct[len(_AXES) :]
+    rows = [[*row[:3], *(None for _ in more), *row[3:]] for row in rows]
     lines = []
     for values, found in grouped(stored, distinct).items():
         size = spread_of(found, lambda record: float(record.result["bits_per_parameter"])).mean
@@ -45,7 +55,8 @@ def fidelity_table(records: Sequence[Record], name: str, result: str) -> Table:
             for task in tasks
         ]
         rate = None if values[2] is None else f"{values[2]:g}"
-        lines.append((-size, [_name(found[0]), rate, size, *cells]))
+        others = map(plain, values[len(_AXES) :])
+        lines.append((-size, [_name(found[0]), rate, size, *others, *cells]))
     lines.sort(key=lambda line: line[0])
     rows += [row for _, row in lines]
     what = (
@@ -54,7 +65,7 @@ def fidelity_table(records: Sequence[Record], name: str, result: str) -> Table:
         else "Scores"
     )
     title = f"{what}, by the size of the stored delta; mean ± deviation over mask seeds."
-    header = ["method", "p", "bits a parameter", *map(title_of, tasks)]
+    header = ["method", "p", "bits a parameter", *more, *map(title_of, tasks)]
     return Table(name, title, header, rows, digits=4 if result == "error" else 3)
 
 
@@ -69,7 +80,8 @@ def fidelity_figure(records: Sequence[Record], result: str) -> Any:
         for number, name in enumerate(names):
             line = [record for record in own if _name(record) == name]
             points = []
-            for found in grouped(line, ["drop_rate", "size"]).values():
+            keys = distinguishing(line, ["drop_rate", "size"])
+            for found in grouped(line, keys).values():
                 size = spread_of(found, lambda record: float(record.result["bits_per_parameter"]))
                 points.append(
                     (size.mean, spread_of(found, lambda record: float(record.result[result])))

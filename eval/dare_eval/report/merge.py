@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dare_eval.records import Record
-from dare_eval.report.axes import REFERENCES, grouped, setting, spread_of, title_of
+from dare_eval.report.axes import (
+    REFERENCES,
+    distinguishing,
+    grouped,
+    plain,
+    setting,
+    spread_of,
+    title_of,
+)
 from dare_eval.report.style import COLOURS, panels
 from dare_eval.report.table import Spread, Table, Value
 
@@ -28,31 +36,31 @@ NAMES = {
 
 
 def merge_table(records: Sequence[Record], name: str) -> Table:
-    """A row for each set of tasks, method, with or without DARE; the single models above them."""
+    """A row for each set of tasks, method, with or without DARE; the single models above them.
+
+    Args:
+        records: that were all scored on the same rows.
+        name: of the table.
+    """
     merges, singles = _split(records)
     tasks = list(dict.fromkeys(task for record in records for task in record.config["tasks"]))
+    keys = distinguishing(merges, ["tasks", "method", "dare"])
+    more = keys[3:]
     rows: list[list[Value]] = []
     for kind in singles:
         own: list[Value] = [singles[kind].get(task) for task in tasks]
-        rows.append(
-            [
-                "",
-                f"{REFERENCES[kind]}s" if kind == "finetuned" else REFERENCES[kind],
-                "",
-                *own,
-                None,
-            ]
-        )
-    for (_, method, dare), found in grouped(merges, ["tasks", "method", "dare"]).items():
+        called = f"{REFERENCES[kind]}s" if kind == "finetuned" else REFERENCES[kind]
+        rows.append(["", called, "", *(None for _ in more), *own, None])
+    for (_, method, dare, *others), found in grouped(merges, keys).items():
         group = found[0].config["tasks"]
         scores: list[Value] = [_task_score(found, task) for task in tasks]
         shares = spread_of(found, lambda record: share(record, singles["finetuned"]))
         rate = setting(found[0], "options") and found[0].config["options"].get("drop_rate")
         names = " + ".join(map(title_of, group))
-        rows.append(
-            [names, NAMES.get(method, method), f"p = {rate:g}" if dare else "no", *scores, shares]
-        )
-    header = ["merged", "method", "DARE", *map(title_of, tasks), "share"]
+        with_dare = f"p = {rate:g}" if dare else "no"
+        named = [names, NAMES.get(method, method), with_dare, *map(plain, others)]
+        rows.append([*named, *scores, shares])
+    header = ["merged", "method", "DARE", *more, *map(title_of, tasks), "share"]
     title = (
         "Scores of merged encoders under each task's own head; share is the mean of the scores, "
         "each as a part of the single model's; ± deviation over mask seeds."

@@ -19,7 +19,8 @@ def panels(count: int, width: float = 3.4, height: float = 2.7, columns: int = 3
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.7), layout="constrained")
+    size = (max(width * columns, 6.4), height * rows + 0.7)  # a legend takes its width
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in axes[count:]:
         unused.set_axis_off()

@@ -11,7 +11,7 @@ from typing import Any
 from dare_adapters.errors import DareError
 from dare_eval.errors import RecordError
 from dare_eval.records import Record, Records
-from dare_eval.report.axes import in_task_order
+from dare_eval.report.axes import grouped, in_task_order
 from dare_eval.report.delta import delta_figure, delta_table
 from dare_eval.report.drop import drop_figure, drop_table
 from dare_eval.report.fidelity import fidelity_figure, fidelity_table
@@ -31,7 +31,14 @@ def _drop(records: Sequence[Record], name: str) -> Made:
 
 
 def _merge(records: Sequence[Record], name: str) -> Made:
-    return [merge_table(records, name)], {name: merge_figure(records)}
+    # Shares are of single models that were scored on the same rows.
+    parts = grouped(records, ["eval_rows", "max_length"])
+    tables, figures = [], {}
+    for (rows, length), own in parts.items():
+        part = name if len(parts) == 1 else f"{name}-{rows or 'all'}-rows-{length}-tokens"
+        tables.append(merge_table(own, part))
+        figures[part] = merge_figure(own)
+    return tables, figures
 
 
 def _fidelity(records: Sequence[Record], name: str) -> Made:
