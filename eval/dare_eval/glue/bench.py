@@ -32,6 +32,7 @@ class TaskBench:
         data_dir: as `read_rows` takes it.
         eval_rows: dev rows at most.
         max_length: in tokens.
+        device: where to compute; default: a GPU if there is one.
 
     Attributes:
         config: what every cell's config says of these.
@@ -46,8 +47,9 @@ class TaskBench:
         data_dir: Path | None,
         eval_rows: int | None = None,
         max_length: int = 128,
+        device: str | None = None,
     ) -> None:
-        self.base, self.task, self.finetuned = base, task, finetuned
+        self.base, self.task, self.finetuned, self.device = base, task, finetuned, device
         self.config: dict[str, Any] = {
             "task": task.name,
             "base": model_identity(base),
@@ -60,7 +62,7 @@ class TaskBench:
     @cached_property
     def encoder(self) -> GlueEncoder:
         """The base's encoder under the fine-tune's head."""
-        return GlueEncoder(self.base, {self.task: self.finetuned})
+        return GlueEncoder(self.base, {self.task: self.finetuned}, self.device)
 
     @property
     def delta(self) -> DeltaSource:
@@ -138,7 +140,8 @@ def find_finetuned(given: list[str]) -> dict[Task, str]:
             if task in found:
                 raise ValueError(f"{task.name} has two fine-tunes: {found[task]} and {own[task]}")
         found.update(own)
-    return found
+    # In one order, however they are given: a merge of the same tasks is the same cell.
+    return {task: found[task] for task in TASKS.values() if task in found}
 
 
 def training_of(finetuned: str) -> Mapping[str, Any]:

@@ -29,6 +29,9 @@ DataDir = Annotated[
     typer.Option(help="Directory with glue/<task>/*.jsonl; default: the hub's data sets."),
 ]
 RecordsDir = Annotated[Path, typer.Option("--records", help="Directory of records.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
+]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Score on so many dev rows at most.")]
 FineTunes = Annotated[
     list[str],
@@ -40,6 +43,15 @@ SomeTasks = Annotated[str | None, typer.Option("--tasks", help="Only these, with
 Seeds = Annotated[str, typer.Option(help="Of masks, with commas between.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are cut.")]
 Value = TypeVar("Value")
+
+
+@app.callback()
+def _quietly() -> None:
+    """Without transformers' report, at each base, of a head that a fine-tune is about to bring."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @app.command()
@@ -69,6 +81,7 @@ def train(  # noqa: PLR0917 (typer reads options from the signature)
         bool, typer.Option("--group-by-length", help="Pad less; the order is less random.")
     ] = False,
     eval_rows: EvalRows = None,
+    device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace fine-tunes that exist.")] = False,
 ) -> None:
     """Fine-tune all parameters on GLUE; the defaults are MergeLM's."""
@@ -97,6 +110,7 @@ def train(  # noqa: PLR0917 (typer reads options from the signature)
         data_dir=data_dir,
         multi_task=multi_task,
         eval_rows=eval_rows,
+        device=device,
         overwrite=force,
     )
 
@@ -120,6 +134,7 @@ def drop(  # noqa: PLR0917 (typer reads options from the signature)
     ] = False,
     max_length: MaxLength = 128,
     eval_rows: EvalRows = None,
+    device: Device = None,
 ) -> None:
     """Score a task against the share of the delta that is dropped."""
     from dare_adapters.codec import BITS
@@ -136,7 +151,9 @@ def drop(  # noqa: PLR0917 (typer reads options from the signature)
         keep_vectors=keep_vectors,
     )
     run_drop(
-        _benches(base, finetuned, tasks, data_dir, eval_rows, max_length), Records(records), axes
+        _benches(base, finetuned, tasks, data_dir, eval_rows, max_length, device),
+        Records(records),
+        axes,
     )
 
 
@@ -158,6 +175,7 @@ def fidelity(
     seeds: Seeds = "0,1,2",
     max_length: MaxLength = 128,
     eval_rows: EvalRows = None,
+    device: Device = None,
 ) -> None:
     """Score adapters by their size, beside BitDelta's rule and low-rank extractions."""
     from dare_adapters.codec import BITS
@@ -177,7 +195,9 @@ def fidelity(
         sign_and_scale=bitdelta,
     )
     run_fidelity(
-        _benches(base, finetuned, tasks, data_dir, eval_rows, max_length), Records(records), axes
+        _benches(base, finetuned, tasks, data_dir, eval_rows, max_length, device),
+        Records(records),
+        axes,
     )
 
 
@@ -189,7 +209,10 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     data_dir: DataDir = None,
     records: RecordsDir = Path("records"),
     methods: Annotated[
-        str, typer.Option(help="With commas between.")
+        str,
+        typer.Option(
+            help="With commas between; also breadcrumbs, della, sce, karcher, model_stock, widen."
+        ),
     ] = "average,task_arithmetic,fisher,regmean,ties",
     sizes: Annotated[
         str, typer.Option(help="How many tasks at once: 2 is every pair; all.")
@@ -205,10 +228,11 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     ] = 256,
     max_length: MaxLength = 128,
     eval_rows: EvalRows = None,
+    device: Device = None,
 ) -> None:
     """Merge the fine-tunes of several tasks, each with its own head, with and without DARE."""
     from dare_eval.glue.bench import find_finetuned
-    from dare_eval.glue.merge import METHODS, MergeAxes, MergeBench, run_merge
+    from dare_eval.glue.merge import METHODS, OTHER_METHODS, MergeAxes, MergeBench, run_merge
     from dare_eval.records import Records
 
     both = {"without": (False,), "with": (True,), "both": (False, True)}
@@ -217,8 +241,9 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     chosen = _only(_usage(find_finetuned, finetuned), tasks)
     if len(chosen) < 2:
         raise typer.BadParameter("a merge needs the fine-tunes of two tasks or more")
+    known = {**METHODS, **OTHER_METHODS}
     axes = MergeAxes(
-        methods={name: METHODS[name] for name in _listed(methods, str, "--methods", METHODS)},
+        methods={name: known[name] for name in _listed(methods, str, "--methods", known)},
         sizes=[None if size == "all" else _size(size) for size in _listed(sizes, str, "--sizes")],
         dare=both[dare],
         drop_rates=_rates(drop_rates),
@@ -226,7 +251,14 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
         selection_rows=selection_rows,
         statistics_rows=statistics_rows,
     )
-    bench = MergeBench(base, chosen, data_dir=data_dir, eval_rows=eval_rows, max_length=max_length)
+    bench = MergeBench(
+        base,
+        chosen,
+        data_dir=data_dir,
+        eval_rows=eval_rows,
+        max_length=max_length,
+        device=device,
+    )
     run_merge(bench, Records(records), axes)
 
 
@@ -237,13 +269,20 @@ def _benches(
     data_dir: Path | None,
     eval_rows: int | None,
     max_length: int,
+    device: str | None,
 ) -> Iterator[TaskBench]:
     """One after the other, so that only one task's models are in memory."""
     from dare_eval.glue.bench import TaskBench, find_finetuned
 
     for task, model in _only(_usage(find_finetuned, finetuned), tasks).items():
         yield TaskBench(
-            base, task, model, data_dir=data_dir, eval_rows=eval_rows, max_length=max_length
+            base,
+            task,
+            model,
+            data_dir=data_dir,
+            eval_rows=eval_rows,
+            max_length=max_length,
+            device=device,
         )
 
 

@@ -31,6 +31,7 @@ class GlueEncoder:
     Args:
         base: directory or hub id.
         finetuned: a fine-tune for each task.
+        device: where to compute; default: a GPU if there is one.
 
     Attributes:
         classifiers: by task's name: its head over the one encoder.
@@ -38,7 +39,9 @@ class GlueEncoder:
         deltas: by task's name: fine-tune minus base of the encoder, nothing dropped or rounded.
     """
 
-    def __init__(self, base: str, finetuned: Mapping[Task, str | Path]) -> None:
+    def __init__(
+        self, base: str, finetuned: Mapping[Task, str | Path], device: str | None = None
+    ) -> None:
         self.base, self.finetuned = base, {task.name: str(p) for task, p in finetuned.items()}
         self.classifiers: dict[str, Any] = {
             task.name: load_classifier(path, task.labels) for task, path in finetuned.items()
@@ -53,6 +56,7 @@ class GlueEncoder:
         self.encoder = _base_encoder(base, type(first))
         for classifier in self.classifiers.values():
             setattr(classifier, classifier.base_model_prefix, self.encoder)
+            classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.deltas = {
             name: self.inside(_difference(base, path)) for name, path in self.finetuned.items()
         }

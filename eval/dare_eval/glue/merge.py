@@ -30,7 +30,7 @@ from dare_eval.glue.train import TrainingSettings, load_tokenizer
 from dare_eval.identity import model_identity
 from dare_eval.records import Cell, Record, Records
 
-__all__ = ["METHODS", "MergeAxes", "MergeBench", "run_merge"]
+__all__ = ["METHODS", "OTHER_METHODS", "MergeAxes", "MergeBench", "mean_share", "run_merge"]
 
 EXPERIMENT, CHOICE = "glue-merge", "glue-merge-choice"
 
@@ -45,7 +45,24 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         for scale in (0.5, 1.0)
     ],
 }
-"""The options that each method chooses among."""
+"""The options that each of the paper's methods chooses among."""
+
+OTHER_METHODS: dict[str, list[dict[str, Any]]] = {
+    "breadcrumbs": [
+        {"density": density, "lambda_": scale} for density in (0.15, 0.9) for scale in (0.5, 1.0)
+    ],
+    "della": [{"density": 0.3, "lambda_": scale} for scale in (0.3, 0.5, 1.0)],
+    "sce": [
+        {"select_topk": share, "lambda_": scale}
+        for share, scale in ((0.3, 1.0), (1.0, 0.5), (1.0, 0.7), (1.0, 1.0))
+    ],
+    "karcher": [{}],
+    "model_stock": [{"filter_wise": False}, {"filter_wise": True}],
+    "widen": [{"score_calibration_value": value} for value in (0.5, 1.0)],
+}
+"""Those of methods that came after it."""
+
+RANDOM = ("della",)  # without DARE before them
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class MergeAxes:
     """What is merged, and how.
 
     Attributes:
-        methods: of METHODS, with the options to choose among.
+        methods: combination types, each with the options to choose among.
         sizes: how many tasks are merged: 2 is every pair, None all at once.
         dare: whether each method runs without DARE, with it, or both.
         drop_rates: of DARE; chosen together with the options.
@@ -96,6 +113,7 @@ class MergeBench:
         data_dir: as `read_rows` takes it.
         eval_rows: dev rows of each task at most.
         max_length: in tokens.
+        device: where to compute; default: a GPU if there is one.
 
     Attributes:
         held_out: training rows that each fine-tune did not see; 0: it may have seen them all.
@@ -109,7 +127,9 @@ class MergeBench:
         data_dir: Path | None,
         eval_rows: int | None = None,
         max_length: int = 128,
+        device: str | None = None,
     ) -> None:
+        self.device = device
         self.base, self.tasks = base, {task.name: task for task in finetuned}
         self.finetuned = {task.name: path for task, path in finetuned.items()}
         self.eval_rows, self.max_length, self._data_dir = eval_rows, max_length, data_dir
@@ -122,9 +142,8 @@ class MergeBench:
     @cached_property
     def encoder(self) -> GlueEncoder:
         """The base's encoder under all heads."""
-        return GlueEncoder(
-            self.base, {self.tasks[name]: path for name, path in self.finetuned.items()}
-        )
+        finetuned = {self.tasks[name]: path for name, path in self.finetuned.items()}
+        return GlueEncoder(self.base, finetuned, self.device)
 
     def score(self, task: str, selection_rows: int | None = None) -> float:
         """A task's score with the encoder as it is now: on dev rows, or on so many held-out ones.
@@ -275,7 +294,8 @@ def _merge_cells(bench: MergeBench, axes: MergeAxes, choices: Sequence[Record]) 
     for choice in choices:
         group, method = choice.config["tasks"], choice.config["method"]
         options = choice.result["chosen"]
-        for seed in axes.seeds if choice.config["dare"] else [None]:
+        random = choice.config["dare"] or method in RANDOM
+        for seed in axes.seeds if random else [None]:
             config = {
                 **_config(bench, EXPERIMENT, group, method),
                 "dare": choice.config["dare"],

@@ -53,7 +53,7 @@ TASKS = {
 
 
 def chosen_tasks(names: str) -> list[Task]:
-    """Tasks from their names with commas between, or "all".
+    """Tasks from their names with commas between, or "all"; in the order of TASKS.
 
     Raises:
         typer.BadParameter: a name is no task, or comes twice.
@@ -64,4 +64,4 @@ def chosen_tasks(names: str) -> list[Task]:
             raise typer.BadParameter(f"{name!r} is no task; there are {', '.join(TASKS)}")
     if len(set(chosen)) < len(chosen):
         raise typer.BadParameter(f"a task comes twice in {names!r}")
-    return [TASKS[name] for name in chosen]
+    return [task for task in TASKS.values() if task.name in chosen]

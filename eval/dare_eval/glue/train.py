@@ -25,7 +25,14 @@ from dare_adapters.output import complete_directory
 from dare_eval.glue.data import Row, hold_out, limited
 from dare_eval.glue.tasks import Task
 
-__all__ = ["TRAINING_FILE", "SharedEncoder", "TrainingSettings", "load_classifier", "train"]
+__all__ = [
+    "TRAINING_FILE",
+    "SharedEncoder",
+    "TrainingSettings",
+    "load_classifier",
+    "load_tokenizer",
+    "train",
+]
 
 TRAINING_FILE = "dare_eval_training.json"
 """In a fine-tune's directory: how it was made."""
@@ -168,7 +175,7 @@ def train(
     return found
 
 
-def load_classifier(model: str | Path, labels: int, **options: Any) -> Any:
+def load_classifier(model: str | Path, labels: int) -> Any:
     """A sequence classifier in float32, in eval mode.
 
     Raises:
@@ -176,9 +183,9 @@ def load_classifier(model: str | Path, labels: int, **options: Any) -> Any:
     """
     try:
         found = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=labels, dtype=torch.float32, **options
+            model, num_labels=labels, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{model} does not load as a sequence classifier: {error}") from error
     return found.eval()
 

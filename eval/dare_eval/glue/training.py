@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dare_adapters.errors import AdapterExistsError
-from dare_eval.glue.data import hold_out, limited, read_rows
-from dare_eval.glue.encoder import GlueEncoder
-from dare_eval.glue.scoring import Evaluation, majority_scores
+from dare_eval.glue.bench import TaskBench
+from dare_eval.glue.data import hold_out, read_rows
+from dare_eval.glue.scoring import majority_scores
 from dare_eval.glue.tasks import Task
-from dare_eval.glue.train import TRAINING_FILE, TrainingSettings, load_tokenizer, train
+from dare_eval.glue.train import TRAINING_FILE, TrainingSettings, train
 from dare_eval.identity import model_identity
 from dare_eval.records import Cell, Records
 
@@ -30,6 +31,7 @@ def run_training(
     data_dir: Path | None,
     multi_task: bool = False,
     eval_rows: int | None = None,
+    device: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Train what is not there yet, one task at a time or all at once, and score it on dev rows.
@@ -41,76 +43,67 @@ def run_training(
         AdapterExistsError: OUT has a fine-tune that was made with other settings.
     """
     of_base = model_identity(base)
-    groups = [list(tasks)] if multi_task else [[task] for task in tasks]
-    cells: list[Cell] = []
-    for group in groups:
+    for group in [list(tasks)] if multi_task else [[task] for task in tasks]:
         own = settings.resolved(group)
+        made = [_made(out / task.name, group, own, overwrite) for task in group]
+        if None in made:
+            rows = {task: read_rows(task, "train", data_dir) for task in group}
+            there = overwrite or any(about is not None for about in made)
+            train(base, rows, out, own, overwrite=there)
+        cells: list[Cell] = []
         for task in group:
+            about = _made(out / task.name, group, own)
+            assert about is not None
             config = {
                 "experiment": "glue-train",
                 "task": task.name,
                 "tasks": [member.name for member in group],
                 "method": "multi-task" if multi_task else "single-task",
                 "base": of_base,
+                "finetuned": model_identity(out / task.name),
                 "eval_rows": eval_rows,
                 **asdict(own),
             }
-            cells.append(
-                (config, _cell(base, task, group, out, own, data_dir, eval_rows, overwrite))
+            bench = TaskBench(
+                base,
+                task,
+                str(out / task.name),
+                data_dir=data_dir,
+                eval_rows=eval_rows,
+                max_length=own.max_length,
+                device=device,
             )
-    records.run_all(cells, "train")
+            cells.append((config, partial(_score, bench, own, about, data_dir)))
+        records.run_all(cells, f"score {', '.join(task.title for task in group)}")
 
 
-def _cell(
-    base: str,
-    task: Task,
-    group: Sequence[Task],
-    out: Path,
-    settings: TrainingSettings,
-    data_dir: Path | None,
-    eval_rows: int | None,
-    overwrite: bool,
-) -> Callable[[], Mapping[str, Any]]:
-    def run() -> Mapping[str, Any]:
-        made = _made(out / task.name, group, settings)
-        if made is None or overwrite:
-            rows = {member: read_rows(member, "train", data_dir) for member in group}
-            train(base, rows, out, settings, overwrite=overwrite)
-            made = _made(out / task.name, group, settings)
-        assert made is not None
-        finetuned = out / task.name
-        encoder = GlueEncoder(base, {task: finetuned})
-        evaluation = Evaluation(
-            task,
-            limited(read_rows(task, "dev", data_dir), eval_rows),
-            load_tokenizer(finetuned),
-            max_length=settings.max_length,
-        )
-        of_base = evaluation.scores(evaluation.logits(encoder.model(task.name)))
-        with encoder.wearing(encoder.deltas[task.name]):
-            own = evaluation.scores(evaluation.logits(encoder.model(task.name)))
-        _, trained_on = hold_out(read_rows(task, "train", data_dir), settings.held_out)
-        return {
-            "score": own["score"],
-            "metric": task.metric,
-            "scores": own,
-            "base_encoder": of_base,
-            "majority": majority_scores(evaluation, trained_on),
-            "rows": evaluation.count,
-            "finetuned": model_identity(finetuned),
-            "reduced": settings.reduced,
-            **{key: made[key] for key in ("steps", "loss", "cpu_seconds")},
-            "train_rows": made["rows"][task.name],
-        }
-
-    return run
+def _score(
+    bench: TaskBench, settings: TrainingSettings, about: Mapping[str, Any], data_dir: Path | None
+) -> Mapping[str, Any]:
+    own, of_base = bench.measure(bench.delta), bench.measure(None)
+    _, trained_on = hold_out(read_rows(bench.task, "train", data_dir), settings.held_out)
+    return {
+        "score": own["score"],
+        "metric": own["metric"],
+        "scores": own["scores"],
+        "base_encoder": of_base["scores"],
+        "majority": majority_scores(bench.evaluation, trained_on),
+        "rows": own["rows"],
+        "reduced": settings.reduced,
+        **{key: about[key] for key in ("steps", "loss", "cpu_seconds")},
+        "train_rows": about["rows"][bench.task.name],
+    }
 
 
 def _made(
-    directory: Path, group: Sequence[Task], settings: TrainingSettings
+    directory: Path, group: Sequence[Task], settings: TrainingSettings, overwrite: bool = False
 ) -> dict[str, Any] | None:
-    """What a fine-tune that is there says of its training; None: there is none."""
-    if not directory.exists():
+    """What a fine-tune that is there says of its training; None: it is to be made.
+
+    Raises:
+        AdapterExistsError: it was made with other settings, and is not to be overwritten.
+    """
+    if overwrite or not directory.exists():
         return None
     file = directory / TRAINING_FILE
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dare_eval.records import Record
@@ -13,6 +13,7 @@ __all__ = [
     "REFERENCES",
     "distinguishing",
     "grouped",
+    "in_task_order",
     "plain",
     "setting",
     "spread_of",
@@ -76,6 +77,19 @@ def grouped(records: Sequence[Record], keys: Sequence[str]) -> dict[tuple[Any, .
 def spread_of(records: Sequence[Record], value: Callable[[Record], float]) -> Spread:
     """Mean and deviation over the seeds of one group."""
     return Spread.of([value(record) for record in records])
+
+
+def in_task_order(records: Iterable[Record]) -> list[Record]:
+    """Records with GLUE's tasks in the order of the paper, other tasks by name."""
+    from dare_eval.glue.tasks import TASKS
+
+    order = {name: f"{place}" for place, name in enumerate(TASKS)}
+
+    def place(record: Record) -> str:
+        task = str(record.config.get("task", ""))
+        return order.get(task, task)
+
+    return sorted(records, key=place)
 
 
 def title_of(task: str) -> str:

@@ -18,6 +18,12 @@ NAMES = {
     "fisher": "Fisher",
     "regmean": "RegMean",
     "ties": "TIES",
+    "breadcrumbs": "Breadcrumbs",
+    "della": "DELLA",
+    "sce": "SCE",
+    "karcher": "Karcher",
+    "model_stock": "Model Stock",
+    "widen": "WIDEN",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from dare_adapters.errors import DareError
 from dare_eval.errors import RecordError
 from dare_eval.records import Record, Records
+from dare_eval.report.axes import in_task_order
 from dare_eval.report.delta import delta_figure, delta_table
 from dare_eval.report.drop import drop_figure, drop_table
 from dare_eval.report.fidelity import fidelity_figure, fidelity_table
@@ -79,7 +80,7 @@ def write_reports(records: Records, out: Path) -> list[Path]:
         DareError: matplotlib is not installed.
     """
     found: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
+    for record in in_task_order(records):
         found.setdefault((record.config["experiment"], _base(record)), []).append(record)
     if not found:
         raise RecordError(f"{records.directory} holds no records; run an experiment first")
