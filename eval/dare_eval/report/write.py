@@ -16,6 +16,7 @@ from dare_eval.report.delta import delta_figure, delta_table
 from dare_eval.report.drop import drop_figure, drop_table
 from dare_eval.report.fidelity import fidelity_figure, fidelity_table
 from dare_eval.report.generic import generic_table
+from dare_eval.report.lm_merge import lm_merge_figure, lm_merge_table
 from dare_eval.report.merge import merge_figure, merge_table
 from dare_eval.report.table import Table
 from dare_eval.report.training import training_table
@@ -39,6 +40,12 @@ def _merge(records: Sequence[Record], name: str) -> Made:
         tables.append(merge_table(own, part))
         figures[part] = merge_figure(own)
     return tables, figures
+
+
+def _lm_merge(records: Sequence[Record], name: str) -> Made:
+    merged = any(record.config["method"] != "single" for record in records)
+    figures = {name: lm_merge_figure(records)} if merged else {}
+    return [lm_merge_table(records, name)], figures
 
 
 def _fidelity(records: Sequence[Record], name: str) -> Made:
@@ -72,6 +79,7 @@ REPORTS: dict[str, Callable[[Sequence[Record], str], Made]] = {
     "glue-merge-choice": _nothing,  # what it chose is in glue-merge
     "glue-fidelity": _fidelity,
     "lm-drop": _drop,
+    "lm-merge": _lm_merge,
     "delta-stats": _delta,
 }
 """By experiment; any other has a table of its scores."""

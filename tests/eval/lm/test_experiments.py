@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from dare_eval.lm.cli import app
 from dare_eval.lm.masked_weights import masked_weights
 from dare_eval.records import Record, Records
+from dare_eval.report.write import write_reports
 from tests.eval.lm.decoders import Decoders
 
 EVERY = "gsm8k,math,humaneval,mbpp,alpaca_eval"
@@ -163,6 +164,13 @@ def test_merge_has_every_method_with_and_without_dare(
     for method in ("average", "ties"):
         for dare in (False, True):
             assert len(found(tmp_path, method=method, dare=dare)) == 3
+
+    written = {path.name: path for path in write_reports(Records(tmp_path), tmp_path / "report")}
+    assert {"lm-merge.md", "lm-merge.tex", "lm-merge.csv"} <= set(written)
+    assert {"lm-merge.png", "lm-merge.pdf"} <= set(written)
+    rows = written["lm-merge.csv"].read_text().splitlines()
+    assert len(rows) == 1 + 3 + 3 * 4
+    assert any(row.startswith("math + chat,TIES,p = 0.5") for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dare_adapters
 from dare_adapters.errors import CombinationError
@@ -57,6 +58,22 @@ def test_several_adapters_are_combined_as_asked(decoders: Decoders, joined: bool
         paths, "both", weight=[1.0, 0.5], combination_type="ties", density=0.4
     )
     assert torch.equal(logits(model.model), logits(expected))
+
+
+def test_an_adapter_that_brings_a_tokenizer_is_read_with_it(
+    decoders: Decoders, tmp_path: Path
+) -> None:
+    finetuned, adapter = tmp_path / "finetuned", tmp_path / "adapter"
+    shutil.copytree(decoders.finetuned[0], finetuned)
+    tokenizer = AutoTokenizer.from_pretrained(finetuned)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(finetuned)
+    dare_adapters.extract(
+        decoders.base, finetuned, adapter, on_large_delta="ignore", progress=False
+    )
+    assert DareLM(str(decoders.base)).tokenizer.chat_template is None
+    worn = DareLM(str(decoders.base), adapter=str(adapter))
+    assert worn.tokenizer.chat_template == "{{ messages }}"
 
 
 def test_arguments_that_do_not_fit_are_refused(decoders: Decoders) -> None:
