@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
+QUANTISED := .quantised
 
-.PHONY: help setup demo encoder glue test test-slow test-mergekit test-vllm check bench bench-merge mixed-batch clean
+.PHONY: help setup demo encoder glue test test-slow test-mergekit test-vllm test-quantised check bench bench-merge mixed-batch sparse-training clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -80,6 +81,15 @@ $(VLLM)/.installed: setup.cfg constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt hypothesis pytest psutil
 	touch $@
 
+test-quantised: $(QUANTISED)/.installed ## layers of torchao and bitsandbytes as bases
+	PYTHONPATH=$(QUANTISED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tuner/test_packed_base.py
+
+# Beside the environment and not in it: transformers and PEFT import both wherever they find them.
+$(QUANTISED)/.installed: $(VENV)/.installed constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(QUANTISED) \
+		torchao bitsandbytes
+	touch $@
+
 check: setup ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,8 +101,11 @@ bench: setup ## the README's table of sizes and speeds
 mixed-batch: setup ## one batch under eight adapters, beside eight LoRAs
 	$(BIN)/python benchmarks/mixed_batch.py
 
+sparse-training: setup ## memory and time of training survivors, beside LoRA
+	$(BIN)/python benchmarks/sparse_training.py
+
 bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
-	rm -rf $(VENV) $(MERGEKIT) $(VLLM) build dist demo-out glue-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MERGEKIT) $(VLLM) $(QUANTISED) build dist demo-out glue-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
