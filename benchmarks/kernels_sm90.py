@@ -2,9 +2,9 @@
 
     python benchmarks/kernels_sm90.py [--json benchmarks/results/kernels_sm90.json]
 
-The kernels and their constants are those that the back end launches for layers of Llama-7B: launches
-are recorded, not run. Registers, spills and shared memory are ptxas's, instructions are counted in
-the machine code (a static count: loops count once). Nothing is timed.
+The kernels and their constants are those that the back end launches for layers of Llama-7B:
+launches are recorded, not run. Registers, spills and shared memory are ptxas's, instructions are
+counted in the machine code (a static count: loops count once). Nothing is timed.
 """
 
 from __future__ import annotations
@@ -60,11 +60,8 @@ def main() -> None:
                 continue
             seen.add(key)
             report.append({"kernel": name, "for": what} | found)
-            print(
-                f"{name:20} {what:44} regs {found['registers']:4} spilled {found['spilled_bytes']:4}"
-                f" shared {found['shared_bytes']:7} instructions {found['instructions']}",
-                flush=True,
-            )
+            numbers = " ".join(f"{key} {value}" for key, value in found.items())
+            print(f"{name:20} {what:44} {numbers}", flush=True)
     if arguments.json:
         about = {"triton": triton.__version__, "target": "sm_90", "timed": False}
         arguments.json.write_text(json.dumps(about | {"kernels": report}, indent=1) + "\n")
@@ -93,8 +90,7 @@ def product(
     dtype = torch.bfloat16 if bits == 16 else torch.uint8
     layout: Layout = CompressedRowsLayout((size, size), bits, dtype, 1_000_000, 300)
     if block is not None:
-        groups = -(-(-(-size // block)) // 8) * 8
-        layout = BlockedLayout((size, size), bits, dtype, block, groups)
+        layout = BlockedLayout((size, size), bits, dtype, block, _eights(size // block + 1))
     declared = layout.declare().items()
     tensors = {name: torch.zeros(shape, dtype=of) for name, (shape, of) in declared}
     deltas = [PackedDelta(layout, tensors)] * slots
@@ -114,8 +110,12 @@ def change() -> None:
         where, 4, codes, torch.zeros(size), 1.0, target, size, slots, 0, size
     )  # fmt: skip
     restore_on_device(where, target, size, kept, slots, 0, size)
-    padded = -(-slots // 8) * 8
+    padded = _eights(slots)
     offsets_on_device(where, size, torch.zeros(size, padded // 2, dtype=torch.uint8), padded)
+
+
+def _eights(slots: int) -> int:
+    return -(-slots // 8) * 8
 
 
 def recorded(call: Callable[[], None]) -> list[Launch]:
@@ -153,7 +153,11 @@ def compiled(launch: Launch) -> dict[str, Any]:
             signature[name] = ("fp32" if isinstance(value, float) else "i32") if small else "i64"
             if not isinstance(value, float) and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {name: named[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in named}
+    options = {
+        name: named[name]
+        for name in ("num_warps", "num_stages", "enable_fp_fusion")
+        if name in named
+    }
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=TARGET, options=options)
     with tempfile.TemporaryDirectory() as folder:

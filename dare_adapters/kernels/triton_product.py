@@ -12,12 +12,13 @@ import torch
 
 from dare_adapters.compiled import DTYPES
 from dare_adapters.kernels.backends import register_backend
-from dare_adapters.kernels.gpu.available import can_compile, can_interpret
+from dare_adapters.kernels.gpu.available import can_compile, can_interpret, device_of
 from dare_adapters.kernels.layout import Layout
 from dare_adapters.kernels.packed_delta import PackedDelta
 from dare_adapters.kernels.portable import add_product as add_portable_product
 
 __all__ = ["add_product"]
+
 
 def _compiles(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.dtype in DTYPES and y.dtype in DTYPES and can_compile(x.device)
@@ -74,7 +75,7 @@ def add_product(
         rest[slot] = None
         if delta.rows and delta.layout.width:
             families.setdefault(kin(delta.layout), [None] * len(deltas))[slot] = delta
-    with torch.cuda.device_of(x):
+    with device_of(x):
         for layout, own in families.items():
             way = choose_way(layout, x, live, transposed)
             add_same_layout(x, own, layout, token_slot, out, transposed, weights, way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -100,7 +101,7 @@ def test_tokens_are_sorted_by_slot_and_keep_their_order(slots: list[int], chunk:
     group_tokens[(6,)](token_slot, order, starts, len(slots), CHUNK=chunk)
     expected = [[t for t, own in enumerate(slots) if own == slot] for slot in range(5)]
     borders = starts.tolist()
-    found = [order[a:b].tolist() for a, b in zip(borders, borders[1:], strict=False)]
+    found = [order[a:b].tolist() for a, b in itertools.pairwise(borders)]
     assert borders[0] == 0
     assert found == expected
     assert (order[borders[-1] :] == -7).all()

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["can_compile", "can_interpret"]
+__all__ = ["can_compile", "can_interpret", "device_of"]
 
 # Tensor cores with bfloat16, which the kernels are written for.
 OLDEST = (8, 0)
@@ -33,3 +33,8 @@ def can_interpret() -> bool:
     import triton.language
 
     return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def device_of(tensor: torch.Tensor) -> torch.cuda.device:
+    """A context in which a tensor's GPU is the current one; nothing where it is on none."""
+    return torch.cuda.device(tensor.get_device())

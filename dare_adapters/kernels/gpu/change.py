@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dare_adapters.compiled import Where
+from dare_adapters.kernels.gpu.available import device_of
 from dare_adapters.kernels.gpu.change_kernels import apply_blocked, draw_offsets, restore_blocked
 
 __all__ = ["apply_on_device", "offsets_on_device", "restore_on_device"]
@@ -45,7 +46,7 @@ def apply_on_device(
     count, stride = stop - start, -(-slots // LANES)
     originals = torch.empty(count * slots, dtype=target.dtype, device=target.device)
     units = slots if bits >= 16 else -(-slots * bits // 8)
-    with torch.cuda.device_of(target):
+    with device_of(target):
         apply_blocked[_grid(count * stride)](
             target, originals, values, target if scales is None else scales, *_halves(seed, key),
             start, count * stride, stride, slots, columns, row_stride, units, weight, BLOCK=block,
@@ -66,7 +67,7 @@ def restore_on_device(
     """Put back what :func:`apply_on_device` returned."""
     seed, key, columns, block = where
     count, stride = stop - start, -(-slots // LANES)
-    with torch.cuda.device_of(target):
+    with device_of(target):
         restore_blocked[_grid(count * stride)](
             target, originals, *_halves(seed, key), start, count * stride, stride, slots, columns,
             row_stride, BLOCK=block, THREADS=THREADS,
@@ -79,7 +80,7 @@ def offsets_on_device(where: Where, rows: int, offsets: torch.Tensor, padded_slo
     slots = -(-columns // block)
     stride = -(-slots // LANES)
     bits = 4 if block <= 16 else 8 if block <= 256 else 16
-    with torch.cuda.device_of(offsets):
+    with device_of(offsets):
         draw_offsets[_grid(rows * stride)](
             offsets, *_halves(seed, key), rows * stride, stride, slots, padded_slots, columns,
             BLOCK=block, OFFSET_BITS=bits, THREADS=THREADS,

@@ -15,7 +15,9 @@ __all__ = ["gather_blocked", "gather_compressed"]
 
 
 @triton.jit
-def _slot_here(token_slot, which, slot_of, lane, slots, TOKENS: tl.constexpr, BY_SLOT: tl.constexpr):
+def _slot_here(
+    token_slot, which, slot_of, lane, slots, TOKENS: tl.constexpr, BY_SLOT: tl.constexpr
+):
     """The slot that this program serves, or -1: none, or the first of its tokens has another."""
     if BY_SLOT:
         slot = which.to(tl.int64)

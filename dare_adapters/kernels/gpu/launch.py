@@ -201,9 +201,7 @@ def _multiply_dense(
 ) -> None:
     tokens, rows, columns = 128, 128, 64
     room = max(DENSE_BYTES // (layout.columns * x.itemsize) // rows, 1) * rows
-    dense = torch.empty(
-        min(room, layout.rows), layout.columns, dtype=x.dtype, device=x.device
-    )
+    dense = torch.empty(min(room, layout.rows), layout.columns, dtype=x.dtype, device=x.device)
     for first in range(0, layout.rows, room):
         stop = min(first + room, layout.rows)
         write_dense[(_tiles(layout.columns, 256), _tiles(stop - first, 16))](
