@@ -52,7 +52,7 @@ def start_server(adapters: dict[str, Path], port: int, log: Path) -> subprocess.
             stderr=subprocess.STDOUT,
             env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},
         )
-    with console.status("vLLM starts (a minute or so)"):
+    with console.status("vLLM starts (a minute or so, more on a busy machine)"):
         while server.poll() is None:
             try:
                 if requests.get(f"http://localhost:{port}/health", timeout=5).ok:
