@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/vllm_serving.py [--parts swap] [--repeats 7] [--json FILE]
 
-A Llama of 110 million parameters in bfloat16 with fine-tunes of every parameter, as adapters at
+A Llama of 55 million parameters in bfloat16 with fine-tunes of every parameter, as adapters at
 p = 0.9 and 4 bits.
 
 swap: an engine goes back and forth between two adapters by each route, beside what would be done
@@ -38,10 +38,10 @@ from transformers.utils import logging
 import dare_adapters
 
 CONFIG = LlamaConfig(
-    vocab_size=16384,
+    vocab_size=8192,
     hidden_size=768,
     intermediate_size=2048,
-    num_hidden_layers=12,
+    num_hidden_layers=6,
     num_attention_heads=12,
     num_key_value_heads=12,
     tie_word_embeddings=False,
@@ -118,9 +118,8 @@ def measure_swap(family: Family, repeats: int) -> dict[str, Any]:
     paused: dict[str, list[float]] = {"reload": [], "sparse": []}
     written: dict[str, int] = {}
     for _ in range(repeats):
-        for route, totals in whole.items():
-            for path in paths:
-                done = set_mixture(llm, [path], route=route)
+        for (route, totals), path in zip(whole.items(), paths, strict=True):  # there and back
+            done = set_mixture(llm, [path], route=route)
             totals.append(done["total_seconds"])
             paused[route].append(done["seconds"])
             written[route] = done["entries"]

@@ -29,7 +29,7 @@ class Engine:
 
     Attributes:
         llm: vLLM's object.
-        at_start: every parameter as it was loaded.
+        at_start: every parameter as it was loaded; none where ranks are processes of their own.
     """
 
     def __init__(self, base: Path, **settings: Any) -> None:
@@ -48,7 +48,8 @@ class Engine:
                 **settings,
             },
         )
-        self.at_start = self.weights()
+        ranks = settings.get("tensor_parallel_size", 1)
+        self.at_start = self.weights() if ranks == 1 else {}
 
     def greedy(
         self, prompts: Sequence[Sequence[int]] = tuple(PROMPTS), tokens: int = 8, **how: Any
