@@ -48,8 +48,8 @@ class Engine:
                 **settings,
             },
         )
-        ranks = settings.get("tensor_parallel_size", 1)
-        self.at_start = self.weights() if ranks == 1 else {}
+        apart = settings.get("distributed_executor_backend") == "mp"
+        self.at_start = {} if apart else self.weights()
 
     def greedy(
         self, prompts: Sequence[Sequence[int]] = tuple(PROMPTS), tokens: int = 8, **how: Any
