@@ -33,7 +33,7 @@ class Limits:
     """
 
     cpu_seconds: int = 5
-    wall_seconds: float = 15.0
+    wall_seconds: float = 30.0
     memory_bytes: int = 1 << 30
 
 
@@ -67,7 +67,7 @@ def run_tests(program: str, tests: Checks, limits: Limits | None = None) -> Outc
     Args:
         program: Python from anybody.
         tests: see :class:`Checks`; a hostile program cannot read them.
-        limits: default 5 seconds of processor time, 15 of the clock, 1 GiB.
+        limits: default 5 seconds of processor time, 30 of the clock, 1 GiB.
 
     Raises:
         SandboxUnavailableError: a protection cannot be had on this machine; nothing ran.
