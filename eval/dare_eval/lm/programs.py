@@ -11,6 +11,7 @@ from dare_eval.lm.sandbox.run import Checks
 __all__ = ["code_in", "humaneval_checks", "humaneval_program", "mbpp_checks", "mbpp_program"]
 
 _FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.I)
+_OPENING = re.compile(r"^The (?:solution|answer) is:", re.MULTILINE)
 _INDENT = "    "
 
 # Where the paper's code cuts a completion: what follows is no part of the program.
@@ -27,17 +28,17 @@ def code_in(completion: str) -> str:
 
     What the first ```python block holds, or all if there is none; tabs are four spaces; nothing
     from a ``__main__`` guard, "# Example usage" or "# Test examples" on; of code-alpaca's answers
-    what stands between "The solution is:" or "The answer is:" and the next "The answer is:". Unlike
-    there, the first line keeps its indentation, so that a function's body stays one.
+    what stands between a line's "The solution is:" or "The answer is:" and the next. Unlike there,
+    the first line keeps its indentation, so that a function's body stays one, and a program that
+    prints these words is left whole.
     """
     text = completion.replace("\r\n", "\n").replace("\r", "").replace("\t", _INDENT)
     if (block := _FENCE.search(text)) is not None:
         text = block[1]
+    elif (opening := _OPENING.search(text)) is not None:
+        text = text[opening.end() :].partition("\n\nThe answer is:")[0]
     for end in _ENDS:
         text = text.partition(end)[0]
-    for opening in ("The solution is:", "The answer is:"):
-        if opening in text:
-            text = text.partition(opening)[2].partition("\n\nThe answer is:")[0]
     return text.strip("\n").rstrip()
 
 

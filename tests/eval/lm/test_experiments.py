@@ -173,6 +173,14 @@ def test_merge_has_every_method_with_and_without_dare(
     assert any(row.startswith("math + chat,TIES,p = 0.5") for row in rows)
 
 
+def test_the_commands_are_dare_evals() -> None:
+    from dare_eval.cli import app as dare_eval
+
+    shown = CliRunner().invoke(dare_eval, ["lm", "--help"]).output
+    for command in ("run", "drop", "merge", "check-scoring", "harness", "hook"):
+        assert f" {command} " in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -51,6 +51,8 @@ MBPP = {
         f"{WHOLE}\n# Example usage\nprint(total([1",
         f'{WHOLE}\nif __name__ == "__main__":\n    total()\n    raise SystemExit',
         f"The solution is:\n{WHOLE}\n\nThe answer is: 3",
+        f"The answer is:\n{WHOLE}",
+        f"{WHOLE}\nprint('The answer is:', total([]))",
     ],
 )
 def test_a_right_function_passes_however_it_is_wrapped(completion: str) -> None:

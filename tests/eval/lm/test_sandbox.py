@@ -138,7 +138,7 @@ def test_the_expected_answers_are_not_in_reach_of_a_program() -> None:
 # To harm the machine, each with proof that it did not.
 def test_an_endless_loop_ends() -> None:
     for program in ("while True: pass", "def add(a, b):\n    while True: pass"):
-        outcome = judge(program, limits=QUICK)
+        outcome = judge(program, limits=Limits(cpu_seconds=1))  # however busy the machine is
         assert outcome == Outcome(False, "over 1 seconds of processor time")
 
 
@@ -169,7 +169,7 @@ def test_a_fork_bomb_makes_no_process() -> None:
                 except BlockingIOError: pass
         """
     before = len(psutil.pids())
-    outcome = judge(program, limits=QUICK)
+    outcome = judge(program)
     assert not outcome.passed
     assert "PermissionError" in outcome.reason
     assert len(psutil.pids()) < before + 100
@@ -188,7 +188,7 @@ def test_threads_are_refused() -> None:
 
 def test_a_hundred_gigabytes_are_not_allocated() -> None:
     for size in ("bytearray(100 << 30)", "b'x' * (100 << 30)", "[0] * (10**11)"):
-        outcome = judge(f"def add(a, b):\n    return len({size})", limits=QUICK)
+        outcome = judge(f"def add(a, b):\n    return len({size})")
         assert "MemoryError" in outcome.reason
     program = """
         import mmap

