@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import re
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
-
-import torch
-from torch import nn
 
 from dare_adapters.adapter import Adapter
 from dare_adapters.combine.registry import get_method
-from dare_adapters.errors import PatchedModelError, PatchedStateWarning
-from dare_adapters.live_adapters import LiveAdapters
-from dare_adapters.lock import WeightsLock
+from dare_adapters.model_guards import (
+    existing_state,
+    locked_call,
+    refusing,
+    state_of,
+    suspending,
+)
 from dare_adapters.open_source import open_source
 from dare_adapters.source import DeltaSource
 from dare_adapters.store import save_source
@@ -27,15 +24,8 @@ from dare_adapters.store import save_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["install", "without_dare_adapters"]
+__all__ = ["install"]
 
-_STATE = "_dare_live_adapters"
-# The state of the model around it, in a model that is a part of another.
-_OUTER = "_dare_outer_adapters"
-# Of models without adapters: a forward that is under way when the first one comes holds it off.
-# Not in the model itself, which would then need this library to be unpickled.
-_locks: WeakKeyDictionary[nn.Module, WeightsLock] = WeakKeyDictionary()
-_making = threading.Lock()
 Source = str | Path | DeltaSource
 
 
@@ -99,7 +89,7 @@ def load_dare_adapter(
         else open_source(item, revision=revision, token=token, verify=verify)
         for item in sources
     ]
-    state = _state(self)
+    state = state_of(self)
     components = _components(
         self, opened, weights, combination_type, options, strict=strict, check_base=check_base
     )
@@ -140,12 +130,12 @@ def set_dare_adapter(
         )
         if len(chosen) < len(names):
             raise ValueError(f"an adapter is named twice in {names}; give it one weight")
-    _state(self).activate(self, chosen)
+    state_of(self).activate(self, chosen)
 
 
 def disable_dare_adapters(self: PreTrainedModel) -> None:
     """Bring every bit of the base back; the adapters stay loaded."""
-    _state(self).activate(self, {})
+    state_of(self).activate(self, {})
 
 
 def delete_dare_adapter(self: PreTrainedModel, adapter_name: str) -> None:
@@ -154,7 +144,7 @@ def delete_dare_adapter(self: PreTrainedModel, adapter_name: str) -> None:
     Raises:
         AdapterNotFoundError: it is not loaded.
     """
-    _state(self).delete(self, adapter_name)
+    state_of(self).delete(self, adapter_name)
 
 
 def add_weighted_adapter(
@@ -188,7 +178,7 @@ def add_weighted_adapter(
     _check_some(adapters)
     factors = _weights(weights, len(adapters))
     _check_combination(combination_type, options, len(adapters))
-    state = _state(self)
+    state = state_of(self)
     if combination_type == "linear" and not options:  # sums of sums need no detour
         components = [
             (source, own * factor)
@@ -227,7 +217,7 @@ def save_dare_adapter(
     Raises:
         AdapterNotFoundError: it is not loaded.
     """
-    state = _state(self)
+    state = state_of(self)
     if adapter_name is None:
         if len(state.loaded) != 1:
             raise ValueError(
@@ -254,7 +244,7 @@ def merge_dare_adapters(self: PreTrainedModel) -> list[str]:
     Returns:
         The names that were merged.
     """
-    return _state(self).keep()
+    return state_of(self).keep()
 
 
 @contextmanager
@@ -265,85 +255,25 @@ def dare_adapter(
 
     Of those before it, one that was deleted or merged inside the block does not come back.
     """
-    before = dict(_state(self).active)
+    before = dict(state_of(self).active)
     set_dare_adapter(self, adapters)
     try:
         yield self
     finally:
-        state = _state(self)
+        state = state_of(self)
         state.activate(self, {name: w for name, w in before.items() if name in state.loaded})
 
 
 def _loaded_names(self: PreTrainedModel) -> list[str]:
     """Names of the loaded DARE adapters."""
-    state = self.__dict__.get(_STATE)
+    state = existing_state(self)
     return list(state.loaded) if state is not None else []
 
 
 def _active_names(self: PreTrainedModel) -> list[str]:
     """Names of the active DARE adapters."""
-    state = self.__dict__.get(_STATE)
+    state = existing_state(self)
     return list(state.active) if state is not None else []
-
-
-def _state(model: PreTrainedModel) -> LiveAdapters:
-    """The model's own state, made when it is first needed."""
-    with _making:
-        state: LiveAdapters | None = model.__dict__.get(_STATE)
-        if state is None:
-            from transformers import PreTrainedModel
-
-            state = LiveAdapters(lock=_locks.setdefault(model, WeightsLock()))
-            for part in model.modules():
-                if isinstance(part, PreTrainedModel) and part is not model:
-                    object.__setattr__(part, _OUTER, state)
-            object.__setattr__(model, _STATE, state)
-            model.register_state_dict_pre_hook(_warn_of_patched_state)
-            model.register_load_state_dict_pre_hook(_refuse_loading)
-        return state
-
-
-def _lock(model: nn.Module) -> WeightsLock:
-    """What a forward of this model holds."""
-    state: LiveAdapters | None = model.__dict__.get(_STATE) or model.__dict__.get(_OUTER)
-    if state is not None:
-        return state.lock
-    lock = _locks.get(model)
-    if lock is None:
-        with _making:
-            lock = _locks.setdefault(model, WeightsLock())
-    return lock
-
-
-def _active(model: nn.Module) -> LiveAdapters | None:
-    state: LiveAdapters | None = model.__dict__.get(_STATE)
-    return state if state is not None and state.active else None
-
-
-@contextmanager
-def without_dare_adapters(model: nn.Module) -> Iterator[None]:
-    """The model's own weights inside the block, with all that is active back after it."""
-    state = _active(model)
-    with nullcontext() if state is None else state.suspended(model):
-        yield
-
-
-def _warn_of_patched_state(model: nn.Module, *_: Any) -> None:
-    if (state := _active(model)) is not None:
-        warnings.warn(
-            f"this state dict holds the weights of the base with {', '.join(state.active)} in "
-            "them; call disable_dare_adapters() first for the base's own",
-            PatchedStateWarning,
-            stacklevel=3,
-        )
-
-
-def _refuse_loading(model: nn.Module, *_: Any) -> None:
-    if (state := _active(model)) is not None:
-        raise PatchedModelError(
-            f"load_state_dict while {', '.join(state.active)} is active would be undone in part "
-            "when it is disabled; call disable_dare_adapters() first"
-        )
 
 
 def _weights(weight: float | Sequence[float], count: int) -> list[float]:
@@ -385,7 +315,7 @@ def _components(
     how = {name: value for name, value in options.items() if name in _OF_ALL_METHODS}
     how["check_base"] = check_base
     how["options"] = {name: v for name, v in options.items() if name not in _OF_ALL_METHODS}
-    combined = _state(model).combine(model, sources, weights, combination_type, strict, **how)
+    combined = state_of(model).combine(model, sources, weights, combination_type, strict, **how)
     return [(combined, 1.0)]
 
 
@@ -402,57 +332,6 @@ def _check_name(name: str) -> None:
 def _default_name(source: Source) -> str:
     path = source.label if isinstance(source, DeltaSource) else source
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or "default"
-
-
-def _locked_call(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward or generate during which no other thread changes the weights."""
-
-    @functools.wraps(plain)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Tracing compiles the lock away; a compiled forward is not guarded.
-        if torch.compiler.is_compiling():
-            return plain(self, *args, **kwargs)
-        with _lock(self).reading():
-            return plain(self, *args, **kwargs)
-
-    return call
-
-
-def _suspending(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`_apply`, behind .to(), .half(), .cuda(): the base is cast or moved, then patched again."""
-
-    @functools.wraps(plain)
-    def _apply(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if (state := _active(self)) is None:
-            return plain(self, *args, **kwargs)
-        with state.suspended(self):
-            return plain(self, *args, **kwargs)
-
-    return _apply
-
-
-def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`save_pretrained`, which must not write patched weights as though they were the base."""
-
-    @functools.wraps(plain)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        for key, whose in ((_STATE, ""), (_OUTER, " in the model around this one")):
-            state = self.__dict__.get(key)
-            if state is not None and state.active:
-                raise PatchedModelError(
-                    f"save_pretrained while {', '.join(state.active)} is active{whose} would write "
-                    "patched weights as the model's own. To save the base: disable_dare_adapters() "
-                    "first; to save the fine-tune: merge_dare_adapters() first, or "
-                    "dare_adapters.export; to save the adapter: save_dare_adapter()"
-                )
-        done = plain(self, *args, **kwargs)
-        if getattr(self, "_hf_peft_config_loaded", False) and (args or "save_directory" in kwargs):
-            from dare_adapters.tuner.saving import save_again
-
-            save_again(self, args[0] if args else kwargs["save_directory"])
-        return done
-
-    return save_pretrained
 
 
 def install() -> None:
@@ -475,7 +354,7 @@ def install() -> None:
         setattr(PreTrainedModel, method.__name__, method)
     PreTrainedModel.dare_adapters = property(_loaded_names)
     PreTrainedModel.active_dare_adapters = property(_active_names)
-    PreTrainedModel.__call__ = _locked_call(PreTrainedModel.__call__)
-    PreTrainedModel._apply = _suspending(PreTrainedModel._apply)
-    PreTrainedModel.save_pretrained = _refusing(PreTrainedModel.save_pretrained)
-    GenerationMixin.generate = _locked_call(GenerationMixin.generate)
+    PreTrainedModel.__call__ = locked_call(PreTrainedModel.__call__)
+    PreTrainedModel._apply = suspending(PreTrainedModel._apply)
+    PreTrainedModel.save_pretrained = refusing(PreTrainedModel.save_pretrained)
+    GenerationMixin.generate = locked_call(GenerationMixin.generate)

@@ -39,7 +39,8 @@ from dare_adapters.errors import (
     UnsupportedParameterError,
 )
 from dare_adapters.live import locate
-from dare_adapters.lora import LoraAdapter, LowRankDelta, _matcher, _Pattern
+from dare_adapters.lora import LoraAdapter, LowRankDelta
+from dare_adapters.module_pattern import ModulePattern, name_matcher
 from dare_adapters.open_source import open_source
 from dare_adapters.row_sums import apply_rows
 from tests.conftest import tiny_llama
@@ -416,8 +417,8 @@ def test_patterns_match_what_pefts_regular_expressions_match(pieces, group, name
     parts = [p + ("" if p in ("^", "$", "a|b") or "?" in p[-1:] else sign) for p, sign in pieces]
     pattern = f"({''.join(parts)})+" if group else "".join(parts)
     expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
-    assert _Pattern(pattern).matches(name) == expected
-    assert _matcher(pattern)(name) == expected
+    assert ModulePattern(pattern).matches(name) == expected
+    assert name_matcher(pattern)(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,7 @@ def test_patterns_match_what_pefts_regular_expressions_match(pieces, group, name
 )
 def test_a_pattern_that_would_take_forever_does_not(pattern):
     started = time.perf_counter()
-    assert not _matcher(pattern)("a" * 200 + "c")
+    assert not name_matcher(pattern)("a" * 200 + "c")
     assert time.perf_counter() - started < 2
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from dare_adapters.config import KEY_PREFIX, WEIGHTS_NAME, AdapterConfig, ParameterEntry, tensor_key
 from dare_adapters.encode import encode_seeded
-from dare_adapters.hf import without_dare_adapters
 from dare_adapters.live import is_patchable, locate_all
+from dare_adapters.model_guards import without_dare_adapters
 from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.tensor_file import DTYPE_NAMES, TensorFileWriter, file_sha256
 from dare_adapters.tuner.loading import HeldTensor, held_tensors
