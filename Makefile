@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 
-.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-merge mixed-batch clean
+.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-kernels bench-merge mixed-batch clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ bench: setup ## the README's table of sizes and speeds
 
 mixed-batch: setup ## one batch under eight adapters, beside eight LoRAs
 	$(BIN)/python benchmarks/mixed_batch.py
+
+bench-kernels: setup ## products from packed deltas, on the GPU if there is one; ARGS="--quick"
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
 bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
