@@ -152,7 +152,9 @@ def _run(
     if torch.is_autocast_enabled(kind):  # which would multiply in half precision
         with torch.autocast(kind, enabled=False):
             return _run(x, deltas, token_slot, weights, y, transposed, backend)
-    if torch.is_grad_enabled():
+    recorded = x.requires_grad or y.requires_grad
+    recorded = recorded or (weights is not None and weights.requires_grad)
+    if recorded and torch.is_grad_enabled():
         with torch.no_grad():
             return _run(x, deltas, token_slot, weights, y, transposed, backend)
     chosen = choose_backend(backend, x, y)

@@ -15,24 +15,24 @@ __all__ = ["multiply_dense", "write_dense"]
 
 @triton.jit
 def write_dense(
-    dense, starts, table, slot, first_row, stop_row, columns, blocks,
+    dense, starts, table, slot, first_row, columns, blocks,
     BLOCK: tl.constexpr, PHASE: tl.constexpr, OFFSET_BITS: tl.constexpr,
-    BITS: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Values of rows, before their scales, in `dense` (n, columns). Grid: (columns, rows)."""
+    """Values of rows, before their scales, in `dense` (n, columns). Grid: (n, column tiles)."""
     if tl.load(starts + slot) == tl.load(starts + slot + 1):
         return
     values_at = tl.load(table + slot * 5 + 1)
     offsets_at = tl.load(table + slot * 5)
-    row = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row_long = row.to(tl.int64)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = tl.program_id(0).to(tl.int64)
+    row = here + first_row
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     block = (column + PHASE) // BLOCK
-    inside = (row < stop_row)[:, None] & (column < columns)[None, :]
-    offset = block_offsets(offsets_at, row_long, block[None, :], blocks, inside, OFFSET_BITS)
-    value = block_values(values_at, row_long * blocks + block[None, :], inside, BITS, FLOAT)
-    value = tl.where(offset == (column + PHASE - block * BLOCK)[None, :], value, 0.0)
-    to = dense + (row_long - first_row) * columns + column[None, :]
+    inside = column < columns
+    offset = block_offsets(offsets_at, row, block, blocks, inside, OFFSET_BITS)
+    value = block_values(values_at, row * blocks + block, inside, BITS, FLOAT)
+    value = tl.where(offset == column + PHASE - block * BLOCK, value, 0.0)
+    to = dense + here * columns + column
     tl.store(to, value.to(dense.dtype.element_ty), mask=inside)
 
 

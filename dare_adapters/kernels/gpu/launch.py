@@ -204,10 +204,10 @@ def _multiply_dense(
     dense = torch.empty(min(room, layout.rows), layout.columns, dtype=x.dtype, device=x.device)
     for first in range(0, layout.rows, room):
         stop = min(first + room, layout.rows)
-        write_dense[(_tiles(layout.columns, 256), _tiles(stop - first, 16))](
-            dense, starts, table, slot, first, stop, layout.columns, layout.slots,
+        write_dense[(stop - first, _tiles(layout.columns, 1024))](
+            dense, starts, table, slot, first, layout.columns, layout.slots,
             BLOCK=layout.block, PHASE=layout.phase, OFFSET_BITS=layout.offset_bits,
-            BITS=layout.bits, FLOAT=_FLOATS[layout.dtype], ROWS=16, COLUMNS=256, num_warps=4,
+            BITS=layout.bits, FLOAT=_FLOATS[layout.dtype], COLUMNS=1024, num_warps=4,
         )  # fmt: skip
         multiply_dense[(_tiles(len(x), tokens) * _tiles(stop - first, rows),)](
             x, y, order, starts, table, table if weights is None else weights, dense, slot, first,

@@ -3,7 +3,8 @@
 A block of B columns is padded to P, the next power of two: entry b of block j is the value of slot
 j where b is its offset and zero elsewhere. So expanding takes a comparison for each entry, without
 a division or a scattered store, and x is read with the same padding. Codes are small whole numbers,
-exact in half precision; scales are multiplied with the sums.
+exact in half precision; scales are multiplied with the sums. What is said of columns makes lanes
+read x side by side in every version of the compiler.
 """
 
 import triton
@@ -54,7 +55,7 @@ def multiply_blocked(
         kept = (offset[:, :, None] == within[None, None, :]) & exists[None, :, :]
         dense = tl.where(kept, value[:, :, None], 0.0).to(OPERAND)
         dense = tl.reshape(dense, [ROWS, BLOCKS * PADDED])
-        column = tl.reshape(column, [BLOCKS * PADDED])
+        column = tl.max_contiguous(tl.reshape(column, [BLOCKS * PADDED]), PADDED)
         exists = tl.reshape(exists, [BLOCKS * PADDED])
         entry = tl.load(
             x + (token * x_stride)[None, :] + column[:, None],
@@ -122,7 +123,7 @@ def multiply_transposed(
     column = (block * BLOCK - PHASE)[:, None] + within[None, :]
     exists = (within < BLOCK)[None, :] & (block < blocks)[:, None]
     exists = exists & (column >= 0) & (column < columns)
-    column = tl.reshape(column, [BLOCKS * PADDED])
+    column = tl.max_contiguous(tl.reshape(column, [BLOCKS * PADDED]), PADDED)
     exists = tl.reshape(exists, [BLOCKS * PADDED])
     to = y + (token * y_stride)[:, None] + column[None, :]
     written = live[:, None] & exists[None, :]
