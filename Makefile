@@ -6,11 +6,7 @@ MERGEKIT := .venv-mergekit
 VLLM := .venv-vllm
 QUANTISED := .quantised
 
-<<<<<<< HEAD
-.PHONY: help setup demo encoder glue test test-slow test-mergekit test-vllm test-quantised check bench bench-merge mixed-batch sparse-training clean
-=======
-.PHONY: help setup demo encoder pairs test test-slow test-mergekit check bench bench-kernels bench-merge mixed-batch clean
->>>>>>> K
+.PHONY: help setup demo encoder glue test test-slow test-mergekit test-vllm test-quantised check bench bench-kernels bench-merge mixed-batch sparse-training clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -105,13 +101,11 @@ bench: setup ## the README's table of sizes and speeds
 mixed-batch: setup ## one batch under eight adapters, beside eight LoRAs
 	$(BIN)/python benchmarks/mixed_batch.py
 
-<<<<<<< HEAD
 sparse-training: setup ## memory and time of training survivors, beside LoRA
 	$(BIN)/python benchmarks/sparse_training.py
-=======
+
 bench-kernels: setup ## products from packed deltas, on the GPU if there is one; ARGS="--quick"
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
->>>>>>> K
 
 bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
