@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/vllm_per_request.py [--rounds 5] [--json FILE]
 
-The Llama of benchmarks/vllm_serving.py, 110 million parameters in bfloat16, with four fine-tunes of
+The Llama of benchmarks/vllm_serving.py, 55 million parameters in bfloat16, with four fine-tunes of
 every parameter as adapters at p = 0.9 and 4 bits, and four LoRAs of rank 64 of every projection.
 Batches of 16 requests, prompts of 16 tokens, 16 new tokens each, on the CPU; the four adapters
 have four requests each. One engine without LoRA tells what the base and a merged adapter do, one
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
-from vllm_serving import SETTINGS, SPREAD, Family, start  # sets vLLM's environment first
+from vllm_serving import CONFIG, SETTINGS, SPREAD, Family, start  # sets vLLM's environment first
 
 ADAPTERS = 4
 RANK = 64
@@ -63,7 +63,7 @@ def generate(llm: Any, requests: list[Any]) -> float:
 
     sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 16000, (BATCH, PROMPT), generator=generator).tolist()
+    prompts = torch.randint(3, CONFIG.vocab_size, (BATCH, PROMPT), generator=generator).tolist()
     begin = time.perf_counter()
     llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
