@@ -5,8 +5,6 @@ Exit codes: 0 done; 1 the input is at fault (the message says how); 2 the call i
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +15,7 @@ from rich.markup import escape
 
 from dare_adapters.errors import DareError
 from dare_eval.glue.cli import app as glue
+from dare_eval.lm.cli import app as lm
 
 __all__ = ["app", "main"]
 
@@ -61,10 +60,7 @@ def report(
 
 
 app.add_typer(glue, name="glue")
-if importlib.util.find_spec("dare_eval.lm") is not None:
-    app.add_typer(
-        importlib.import_module("dare_eval.lm.cli").app, name="lm", help="Decoder experiments."
-    )
+app.add_typer(lm, name="lm", help="Decoder experiments.")
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ Importing this package imports nothing of vLLM.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,10 +32,9 @@ def register() -> None:
         return
     from dare_vllm.versions import check_hooks
 
-    ways = [way for way in WAYS if importlib.util.find_spec(f"{__name__}.{way}") is not None]
-    for way in ways:
+    for way in WAYS:
         check_hooks(importlib.import_module(f"{__name__}.{way}.hooks").HOOKS)
-    for way in ways:
+    for way in WAYS:
         importlib.import_module(f"{__name__}.{way}").install()
     _installed = True
 
