@@ -1,4 +1,4 @@
-"""Layers that the other models lack: norms of heads, means and biases everywhere, Gemma's norms."""
+"""Layers that the other models lack: norms of heads."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.conftest import PackMaker
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
@@ -39,14 +32,6 @@ SIZES: dict[str, Any] = {
 }
 MODELS = {
     "qwen3: norms of queries and keys": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
-    "phi: LayerNorm, biases of every layer and of the head": (
-        PhiForCausalLM,
-        PhiConfig(**{**SIZES, "num_key_value_heads": 4}),
-    ),
-    "gemma2: norms of 1 + w, capped logits, tied": (
-        Gemma2ForCausalLM,
-        Gemma2Config(**SIZES, query_pre_attn_scalar=32, sliding_window=64),
-    ),
 }
 
 
