@@ -107,6 +107,10 @@ def _lora_options(
     if modules:
         options += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
         options += ["--max-loras", str(len(modules))]
+    if at_run_time or any(not isinstance(source, LoraAdapter) for source in sources.values()):
+        options.append(
+            "--enforce-eager"
+        )  # graphs hold no delta of a request: all are refused there
     ranks = [_rank(source) for source in sources.values() if isinstance(source, LoraAdapter)]
     if ranks:
         fitting = [rank for rank in _RANKS if rank >= max(ranks)]

@@ -35,7 +35,7 @@ def test_adapters_become_lora_modules_and_other_options_go_to_vllm(make_pack: Pa
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(pack.base)),
         *("--enable-lora", "--lora-modules", f"math={a}", f"chat={b}", "--max-loras", "2"),
-        *("--port", "8001", "--dtype", "bfloat16"),
+        *("--enforce-eager", "--port", "8001", "--dtype", "bfloat16"),
     ]
 
 
@@ -48,6 +48,7 @@ def test_a_lora_says_which_rank_vllm_must_hold(make_pack: PackMaker, tmp_path: P
     peft.get_peft_model(pack.live(), config).save_pretrained(tmp_path / "lora")
     found = command(pack.base, f"lora={tmp_path / 'lora'}")
     assert found[found.index("--max-lora-rank") + 1] == "32"
+    assert "--enforce-eager" not in found
 
 
 def test_a_mixture_is_added_while_the_base_loads(make_pack: PackMaker):
