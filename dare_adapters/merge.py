@@ -135,8 +135,9 @@ def merge(
         require_space(directory, total)
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress)
         with bar, worker_pool(workers) as pool:
-            write_checkpoint(directory, shards_of_size(outputs, max_shard_bytes), pool, bar)
-        _write_companions(directory, run.models[plan.donor], plan, read, vocabulary)
+            donor, shards = run.models[plan.donor], shards_of_size(outputs, max_shard_bytes)
+            write_checkpoint(directory, shards, pool, bar, donor.checkpoint.weights_name)
+        _write_companions(directory, donor, plan, read, vocabulary)
     return target
 
 

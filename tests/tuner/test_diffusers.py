@@ -196,6 +196,26 @@ def test_an_extracted_adapter_answers_as_the_model_that_it_is_exported_to(
     assert all_bytes(model.merge_and_unload()) == all_bytes(full)
 
 
+def test_a_merge_is_a_directory_of_diffusers(
+    directories: Callable[[Denoiser], Path], tmp_path: Path
+) -> None:
+    """Half of a fine-tune's delta, by recipe."""
+    denoiser = DENOISERS["unet"]
+    root = directories(denoiser)
+    (tmp_path / "recipe.yml").write_text(
+        f"merge_method: task_arithmetic\nbase_model: {root / 'base'}\nmodels:\n"
+        f"  - model: {root / 'finetuned'}\n    parameters: {{weight: 0.5}}\n"
+    )
+    dare_adapters.merge(tmp_path / "recipe.yml", tmp_path / "merged", progress=False)
+    kind = getattr(diffusers, denoiser.name)
+    merged = kind.from_pretrained(tmp_path / "merged").state_dict()
+    base = kind.from_pretrained(root / "base").state_dict()
+    finetuned = kind.from_pretrained(root / "finetuned").state_dict()
+    assert merged.keys() == base.keys()
+    for name, value in base.items():
+        assert torch.equal(merged[name], (finetuned[name] - value) * 0.5 + value), name
+
+
 def test_an_adapter_that_drops_nothing_is_the_fine_tune(
     directories: Callable[[Denoiser], Path], tmp_path: Path
 ) -> None:
