@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from tests.vllm.requests import merged_densely
 from tests.vllm.server import Server
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
+openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.vllm
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
