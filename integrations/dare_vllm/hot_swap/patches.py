@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,7 +12,7 @@ from dare_adapters.delta import Delta, WeightedDelta
 from dare_adapters.row_sums import sum_rows
 from dare_vllm.merged_weights import MergedWeights, plain_torch
 
-__all__ = ["make_patches"]
+__all__ = ["make_patches", "make_whole_patches"]
 
 # Entries of one step.
 _STEP = 1 << 20
@@ -37,13 +37,35 @@ def make_patches(
         with plain_torch():
             index, values = _entries(base, target.delta(name), other.delta(name))
         shape = target.shapes[target.renamed(name)]
-        for own in (name, *(head for head, copied in target.copies.items() if copied == name)):
+        copies = {**other.copies, **target.copies}
+        for own in (name, *(head for head, copied in copies.items() if copied == name)):
             yield _patch(target.renamed(own), shape, index, values, device)
-    for name in whole:
+    yield from _whole(target, whole, pool, device)
+
+
+def make_whole_patches(
+    target: MergedWeights, other: MergedWeights, pool: ThreadPoolExecutor, device: torch.device
+) -> Iterator[CheckpointWeightPatch]:
+    """All of `target` in every parameter that it or `other` changes; of `other` nothing is read.
+
+    For when it cannot be: what failed while it was computed fails again.
+
+    Args:
+        target, other, pool, device: as for :func:`make_patches`.
+    """
+    changed = {*target.changed, *other.changed, *target.copies, *other.copies}
+    yield from _whole(target, sorted({*changed, *target.new, *other.new}), pool, device)
+
+
+def _whole(
+    target: MergedWeights, names: Sequence[str], pool: ThreadPoolExecutor, device: torch.device
+) -> Iterator[CheckpointWeightPatch]:
+    for name in names:
         if name in target.new:
             own, value = target.new[name], target.new_value(name)
         else:
-            own, value = target.renamed(name), target.merged(name, target.base[name], pool)
+            copied = target.copies.get(name, name)
+            own, value = target.renamed(name), target.merged(copied, target.base[copied], pool)
         index = torch.arange(value.numel())
         yield _patch(own, tuple(value.shape), index, value.reshape(-1), device)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from dare_adapters.errors import (
 from dare_adapters.parallel import worker_pool
 from dare_vllm.at_load.loader import DareModelLoader
 from dare_vllm.hot_swap.layout import check_layout, pack_again, reload_obstacle, sparse_obstacle
-from dare_vllm.hot_swap.patches import make_patches
+from dare_vllm.hot_swap.patches import make_patches, make_whole_patches
 from dare_vllm.merged_weights import MergedWeights
 from dare_vllm.mixture import LOAD_FORMAT, Mixture, loaded_mixture
 
@@ -43,6 +44,13 @@ logger = logging.getLogger("vllm.dare")
 _CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", LOAD_FORMAT)
 # Bytes of patches that are held at a time.
 _BATCH_BYTES = 256 << 20
+
+
+PatchMaker = Callable[
+    [MergedWeights, MergedWeights, ThreadPoolExecutor, torch.device],
+    Iterator[CheckpointWeightPatch],
+]
+"""Of two mixtures, what makes the first of the second."""
 
 
 @dataclass
@@ -152,7 +160,7 @@ class SwapWorker:
         start = time.perf_counter()
         swap.written = True
         try:
-            entries = self._write(swap, swap.new, swap.old)
+            entries = self._write(swap, swap.new, swap.old, make_patches)
         except BaseException:
             self._restore(swap)
             raise
@@ -167,8 +175,14 @@ class SwapWorker:
             self._set_current(swap.before, swap.old)
         return {}
 
-    def _write(self, swap: _Swap, target: MergedWeights, other: MergedWeights) -> int:
-        """Make the model's weights those of `target`; how many entries were written."""
+    def _write(
+        self, swap: _Swap, target: MergedWeights, other: MergedWeights, make: PatchMaker
+    ) -> int:
+        """Make the model's weights those of `target`; how many entries were written.
+
+        Args:
+            make: on the sparse route, what is to be written.
+        """
         runner, model = self.worker.model_runner, self._model
         with set_current_vllm_config(self.worker.vllm_config):
             if swap.route == "reload":
@@ -179,7 +193,7 @@ class SwapWorker:
                 return counted.entries
             entries = 0
             with worker_pool() as pool:
-                patches = make_patches(target, other, pool, self.worker.device)
+                patches = make(target, other, pool, self.worker.device)
                 for batch in _batches(patches):
                     entries += sum(patch.values.numel() for patch in batch)
                     load_checkpoint_weight_patches(model, batch, validate_unique_indices=False)
@@ -195,7 +209,7 @@ class SwapWorker:
             # Layers that got only some of their weights are still waiting for the rest.
             with set_current_vllm_config(self.worker.vllm_config):
                 finalize_layerwise_reload(self._model, self._model_config)
-        self._write(swap, swap.old, swap.new)
+        self._write(swap, swap.old, swap.new, make_whole_patches)
         swap.written = False
 
     def _check_same_tensors(self, old: MergedWeights, new: MergedWeights) -> None:
