@@ -36,7 +36,7 @@ def set_mixture(
             `path`, `weight` and `revision`; an empty list: the base alone.
         combination_type: `dare_adapters.method_names()`.
         route: "reload" writes every weight anew, "sparse" only the entries that the old or the new
-            mixture touches; "auto": sparse where the model allows it. The result is the same, bit
+            mixture touches; "auto": "reload" where the model allows it. The result is the same, bit
             for bit.
         check_base: compare the base with the adapters' witness.
         **how: `seed`, `mask`, `prune`, `drop_rate`, and options of the combination type.

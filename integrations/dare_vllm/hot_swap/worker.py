@@ -108,7 +108,8 @@ class SwapWorker:
             token: what :meth:`commit` will name.
             config: of the mixture.
             route: "reload" writes every weight anew, "sparse" only those entries that the old or
-                the new mixture touches; "auto": sparse where the model allows it.
+                the new mixture touches; "auto": "reload" where the model allows it, which was the
+                faster one wherever both were timed.
 
         Raises:
             DareError: the mixture cannot be had in this engine, or not by this route.
@@ -132,10 +133,10 @@ class SwapWorker:
         loader = self._loader(mixture)
         new = loader.open_mixture(self._model_config, old.base)
         self._check_same_tensors(old, new)
-        obstacle = sparse_obstacle(self._model, self._model_config)
         if route == "auto":
-            route = "sparse" if obstacle is None else "reload"
+            route = "reload" if reload_obstacle(self._model) is None else "sparse"
         if route == "sparse":
+            obstacle = sparse_obstacle(self._model, self._model_config)
             if obstacle is not None:
                 raise UnsupportedParameterError(
                     f"single entries cannot be written: {obstacle}; swap with route='reload'"
