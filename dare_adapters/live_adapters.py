@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_adapters.base_check import check_live_base
 from dare_adapters.combine.combination import Combination
 from dare_adapters.delta import Delta, NewParameter, WeightedDelta
 from dare_adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     ArchitectureMismatchError,
-    BaseMismatchError,
     UnsupportedParameterError,
     UnusedParametersWarning,
 )
 from dare_adapters.live import LiveParameter, is_patchable, locate
 from dare_adapters.lock import WeightsLock
 from dare_adapters.lora import LoraAdapter
+from dare_adapters.matrix import MatrixView
 from dare_adapters.patch import Change, Patch, check
 from dare_adapters.source import BaseReader, DeltaSource, Renamed
-from dare_adapters.witness import decode_witness, matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ class LiveAdapters:
                     check(model, change)
                 if check_base:
                     for (adapter, _), place in zip(components, places, strict=True):
-                        _check_witness(model, adapter, place)
+                        _check_base(model, adapter, place)
             self.loaded[name] = loaded
 
     def combine(
@@ -321,7 +321,7 @@ def _warn_of_tied_values(
         )
 
 
-def _check_witness(
+def _check_base(
     model: PreTrainedModel, source: DeltaSource, places: Mapping[str, LiveParameter]
 ) -> None:
     """Compare the live weights with the adapter's witness of its base.
@@ -329,34 +329,23 @@ def _check_witness(
     Raises:
         BaseMismatchError: which parameters differ, and how far.
     """
-    witness = source.witness
-    wrong: list[tuple[float, str]] = []
     # Mostly all are placed already; looking up the rest walks the whole model once more.
-    rest = [name for name in witness if name not in places]
+    rest = [name for name in source.witness if name not in places]
     located = {**(locate(model, rest) if rest else {}), **places}
-    for name, text in witness.items():
+
+    def view_of(name: str) -> MatrixView | None:
         place = located[name]
         if place is None or not is_patchable(place.tensor(model)):
-            continue  # what is offloaded or packed cannot be compared
-        positions, expected = decode_witness(name, text)
-        view = place.view(model)
-        if len(positions) and int(positions.max()) >= view.rows * view.columns:
-            wrong.append((float("inf"), name))
-            continue
-        found = view.take(0, view.rows, view.on_device(positions)).cpu()
-        if not bool(matches(expected, found).all()):
-            off = float((found.double() - expected.double()).abs().max())
-            wrong.append((off, name))
-    if wrong:
-        wrong.sort(reverse=True)
-        listed = ", ".join(f"{name} (off by {off:.2g})" for off, name in wrong[:_LISTED])
-        base, revision = source.base_model_name_or_path, source.revision
-        raise BaseMismatchError(
-            f"this model is not the base of {source.label}: {len(wrong)} of {len(witness)} sampled "
-            f"parameters differ, most of all {listed}. It was extracted over {base!r}"
-            + (f" at revision {revision}" if revision else "")
-            + "; load that, or pass check_base=False if you know better"
-        )
+            return None  # offloaded or packed
+        return place.view(model)
+
+    check_live_base(
+        source.witness,
+        view_of,
+        label=source.label,
+        base=source.base_model_name_or_path,
+        revision=source.revision,
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -39,6 +39,8 @@ _RECIPE = (
 _OF_PEFT = ("auto_mapping", "peft_version")
 # Not part of what a config says.
 _NOT_COPIED = ("_model", "_taken")
+# What the user of an adapter decides, never its file.
+_NOT_OF_FILES = ("check_base",)
 _OF_FORMAT = frozenset(f.name for f in fields(AdapterConfig)) | {"digest", "mix"}
 
 
@@ -85,6 +87,8 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
         train_vectors: train parameters of one dimension (biases, norms) of the target modules too,
             whole.
         init_weights: begin with no change; False: a random one, for tests.
+        check_base: refuse a model that is not the base which the adapter was made over; not of the
+            file: `PeftModel.from_pretrained(model, adapter, check_base=False)`.
 
     The other fields are those of the adapter format, and belong to the file.
 
@@ -105,6 +109,7 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
     bits: int | None = field(default=None)
     train_vectors: bool = field(default=True)
     init_weights: bool = field(default=True)
+    check_base: bool = field(default=True)
     training: dict[str, Any] = field(default_factory=dict)
     method: str = field(default="dare")
     rescale: bool = field(default=False)
@@ -158,6 +163,12 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
     def note_injection(self, model: nn.Module) -> None:
         """Remember a model, for the loaders that are not told of it."""
         self._model = weakref.ref(model)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file, but for those that only a user may set."""
+        found: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        return {key: one for key, one in found.items() if key not in _NOT_OF_FILES}
 
     def keep_unplaced(self, tensors: dict[str, torch.Tensor]) -> None:
         """Remember tensors of the file for which the model has no place, to be saved again."""
@@ -226,6 +237,8 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
     def _save_recipe(self, directory: Path, auto_mapping: dict[str, Any] | None) -> None:
         written: dict[str, Any] = {}
         for one in fields(self):
+            if one.name in _NOT_OF_FILES:
+                continue
             value = getattr(self, one.name)
             default = one.default_factory() if callable(one.default_factory) else one.default
             if one.name not in _OF_FORMAT or default is MISSING or value != default:

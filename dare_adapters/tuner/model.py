@@ -20,6 +20,7 @@ from torch import nn
 
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.tuner import loading, saving
+from dare_adapters.tuner.base_witness import check_base_of
 from dare_adapters.tuner.config import DareConfig, OwnTargets
 from dare_adapters.tuner.layer import BYSTANDER, DareBystander, DareLayer
 from dare_adapters.tuner.mixed_batch import mixed_batch
@@ -66,6 +67,8 @@ class DareModel(BaseTuner):  # type: ignore[misc]
         config.own_modules(config.modules_to_save)
         _maybe_include_all_linear_layers(config, model)
         self._plan = plan_adapter(model, config)
+        if config.described is not None and config.check_base:
+            check_base_of(model, config.described, f"adapter {adapter_name!r}")
         config.target_modules = _own_targets(config.target_modules, model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._tie()

@@ -17,16 +17,14 @@ from torch import nn
 
 from dare_adapters.config import KEY_PREFIX, WEIGHTS_NAME, AdapterConfig, ParameterEntry, tensor_key
 from dare_adapters.encode import encode_seeded
-from dare_adapters.live import is_patchable, locate_all
 from dare_adapters.model_guards import without_dare_adapters
 from dare_adapters.sparse_delta import SparseDelta
 from dare_adapters.tensor_file import DTYPE_NAMES, TensorFileWriter, file_sha256
+from dare_adapters.tuner.base_witness import witness_of_base
 from dare_adapters.tuner.loading import HeldTensor, held_tensors
 from dare_adapters.tuner.names import base_model, own_tensors
-from dare_adapters.tuner.state import DareState
 from dare_adapters.tuner.stored import StoredParameter
 from dare_adapters.versions import library_versions
-from dare_adapters.witness import encode_sampled, sample_positions
 
 if TYPE_CHECKING:
     from dare_adapters.tuner.config import DareConfig
@@ -228,9 +226,9 @@ def _describe(
         return replace(read, parameters=entries, bits=bits, method=_method(read, entries))
     base = base_model(model)
     architectures = getattr(getattr(base, "config", None), "architectures", None)
-    with without_dare_adapters(base):  # those of `load_dare_adapter`
+    with without_dare_adapters(base):  # those of `load_dare_adapter` may have added rows
         count = sum(owner.tensor.numel() for owner in own_tensors(base).values())
-        witness = _witness(base)
+    new = {name for name, entry in entries.items() if entry.kind == "new"}
     return AdapterConfig(
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -245,7 +243,7 @@ def _describe(
         seed=config.seed or 0,
         rescale=False,
         parameters=entries,
-        witness=witness,
+        witness=witness_of_base(base, new),
         base_parameter_count=count,
         library_versions=library_versions(),
     )
@@ -253,33 +251,6 @@ def _describe(
 
 def _method(read: AdapterConfig, entries: dict[str, ParameterEntry]) -> str:
     return read.method if read.parameters == entries else "trained"
-
-
-@torch.no_grad()
-def _witness(model: nn.Module) -> dict[str, str]:
-    """Sampled values of the base's parameters; of none that has adapters merged into it."""
-    owners = own_tensors(model)
-    tensors = {name: owner.tensor for name, owner in owners.items()}
-    merged = {
-        id(layer.owner)
-        for layer in model.modules()
-        if isinstance(layer, DareState) and layer.merged_adapters
-    }
-    found: dict[str, str] = {}
-    seen: set[int] = set()
-    for name, place in sorted(locate_all(model, tensors).items()):
-        owner = owners[place.owner]
-        tensor = owner.tensor
-        if not is_patchable(tensor) or id(owner.module) in merged or not tensor.numel():
-            continue
-        if id(tensor) in seen and place.whole:
-            continue
-        seen.add(id(tensor))
-        view = place.view_on(tensor)
-        numel = view.rows * view.columns
-        index = view.on_device(sample_positions(name, numel))
-        found[name] = encode_sampled(numel, view.take(0, view.rows, index).cpu())
-    return found
 
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
