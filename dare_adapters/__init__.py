@@ -12,7 +12,7 @@ from dare_adapters.config import AdapterConfig
 from dare_adapters.export import export
 from dare_adapters.extract import extract
 from dare_adapters.inspection import Inspection, inspect_adapter
-from dare_adapters.merge import merge
+from dare_adapters.merging.api import merge
 from dare_adapters.on_import import after_import as _after_import
 from dare_adapters.open_source import open_source
 from dare_adapters.peft_method import register as _register

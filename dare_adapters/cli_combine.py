@@ -161,7 +161,7 @@ def merge(
 ) -> None:
     """Run a merge recipe; a model in it may be an adapter's directory."""
     from dare_adapters.cli import _plain_errors, _print_json, _say
-    from dare_adapters.merge import merge as run_recipe
+    from dare_adapters.merging.api import merge as run_recipe
 
     with _plain_errors(as_json):
         run_recipe(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dare_adapters
-from dare_adapters.merge_models import is_adapter_directory
+from dare_adapters.merging.models import is_adapter_directory
 from dare_eval.lm.masked_weights import masked_weights
 
 __all__ = ["Deltas", "is_adapter"]

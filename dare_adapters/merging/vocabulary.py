@@ -19,10 +19,10 @@ import torch
 
 from dare_adapters.checkpoint import read_json
 from dare_adapters.errors import CheckpointError, RecipeError
-from dare_adapters.merge_chat_template import choose_chat_template, write_chat_template
-from dare_adapters.merge_models import MergeModel
-from dare_adapters.merge_rows import AlignedTensor, RowPlanner
-from dare_adapters.merge_tokenizer import (
+from dare_adapters.merging.chat_template import choose_chat_template, write_chat_template
+from dare_adapters.merging.models import MergeModel
+from dare_adapters.merging.rows import AlignedTensor, RowPlanner
+from dare_adapters.merging.tokenizer import (
     ModelTokenizer,
     OutputTokenizer,
     build_tokenizer,

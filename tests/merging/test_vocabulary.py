@@ -24,9 +24,9 @@ from transformers import (
 
 import dare_adapters
 from dare_adapters.errors import RecipeError
-from dare_adapters.merge import merge
-from dare_adapters.merge_chat_template import BUILT_IN, read_chat_template
-from dare_adapters.merge_rows import AlignedDelta, AlignedTensor, RowPlanner
+from dare_adapters.merging.api import merge
+from dare_adapters.merging.chat_template import BUILT_IN, read_chat_template
+from dare_adapters.merging.rows import AlignedDelta, AlignedTensor, RowPlanner
 from dare_adapters.recipe import ModelPath, ModelReference, RecipeWarning
 from tests.conftest import read_checkpoint, tiny_llama
 

@@ -11,7 +11,7 @@ import torch
 
 from dare_adapters.delta import Delta
 from dare_adapters.errors import RecipeError
-from dare_adapters.merge_tokenizer import OutputTokenizer
+from dare_adapters.merging.tokenizer import OutputTokenizer
 from dare_adapters.recipe import ModelReference, TokenRule
 
 __all__ = ["AlignedDelta", "AlignedTensor", "RowPlan", "RowPlanner"]

@@ -1,0 +1,1 @@
+"""Merge recipes run: to a checkpoint, or to an adapter."""
