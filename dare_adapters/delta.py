@@ -19,6 +19,7 @@ __all__ = [
     "NewParameter",
     "NoChange",
     "WeightedDelta",
+    "WholeDelta",
 ]
 
 # Entries that one step works on: small enough for the caches, large enough to hide dispatch.
@@ -253,16 +254,8 @@ class NoChange(Delta):
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
 
 
-class DenseDelta(Delta):
-    """A change of every entry.
-
-    Args:
-        values: any float dtype, shape of the parameter.
-    """
-
-    def __init__(self, values: torch.Tensor, added_rows: torch.Tensor | None = None) -> None:
-        super().__init__(tuple(values.shape), added_rows)
-        self.values = values
+class WholeDelta(Delta):
+    """A change of every entry, of which a subclass reads the values."""
 
     @property
     def entries_per_row(self) -> int:
@@ -274,6 +267,18 @@ class DenseDelta(Delta):
 
     def positions(self, start: int, stop: int) -> None:
         return None
+
+
+class DenseDelta(WholeDelta):
+    """A change of every entry.
+
+    Args:
+        values: any float dtype, shape of the parameter.
+    """
+
+    def __init__(self, values: torch.Tensor, added_rows: torch.Tensor | None = None) -> None:
+        super().__init__(tuple(values.shape), added_rows)
+        self.values = values
 
     def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
         flat = self.values.reshape(-1)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from dare_adapters.adapter import resolve_adapter
 from dare_adapters.checkpoint import read_json
 from dare_adapters.config import CONFIG_NAME, WEIGHTS_NAME
-from dare_adapters.delta import STEP_ENTRIES, Delta, DenseDelta, NewParameter
+from dare_adapters.delta import STEP_ENTRIES, Delta, DenseDelta, NewParameter, WholeDelta
 from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.finite import first_non_finite
 from dare_adapters.lora_layout import (
@@ -199,7 +199,7 @@ class LoraAdapter(DeltaSource):
             raise AdapterFormatError(f"{self.path}: the delta of {name:.200} is beyond float32")
 
 
-class LowRankDelta(Delta):
+class LowRankDelta(WholeDelta):
     """s B A, without ever making the whole of it.
 
     Args:
@@ -223,17 +223,6 @@ class LowRankDelta(Delta):
     def rank(self) -> int:
         """r, the width of the factors."""
         return self.left.shape[1]
-
-    @property
-    def entries_per_row(self) -> int:
-        return self.columns
-
-    @property
-    def recalls_positions(self) -> bool:
-        return True
-
-    def positions(self, start: int, stop: int) -> None:
-        return None
 
     def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
         rows_each = self.right.shape[1] // self.columns  # that a row of `left` makes

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from dare_adapters.delta import Delta
+from dare_adapters.delta import WholeDelta
 from dare_adapters.errors import RecipeError
 from dare_adapters.merging.tokenizer import OutputTokenizer
 from dare_adapters.recipe import ModelReference, TokenRule
@@ -287,7 +287,7 @@ class AlignedTensor:
         return [(at, min(at + step, self.shape[0])) for at in range(0, self.shape[0], step)]
 
 
-class AlignedDelta(Delta):
+class AlignedDelta(WholeDelta):
     """A model's aligned tensor minus the base's, or, without a base, minus zero.
 
     Args:
@@ -298,17 +298,6 @@ class AlignedDelta(Delta):
     def __init__(self, tensor: AlignedTensor, model: int, base: int | None) -> None:
         super().__init__(tensor.shape)
         self.tensor, self.model, self.base = tensor, model, base
-
-    @property
-    def entries_per_row(self) -> int:
-        return self.columns
-
-    @property
-    def recalls_positions(self) -> bool:
-        return True
-
-    def positions(self, start: int, stop: int) -> None:
-        return None
 
     def read(self, start: int, stop: int) -> tuple[None, torch.Tensor]:
         if len(self.shape) == 1:  # a bias is one row of a matrix, but has one for each token
