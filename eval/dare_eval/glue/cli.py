@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from dare_eval.glue.tasks import chosen_tasks
+from dare_eval.listed_options import listed, listed_rates
 
 if TYPE_CHECKING:
     from dare_eval.glue.bench import TaskBench
@@ -143,11 +144,11 @@ def drop(  # noqa: PLR0917 (typer reads options from the signature)
     from dare_eval.records import Records
 
     axes = DropAxes(
-        methods=_listed(methods, str, "--methods", METHODS),
-        drop_rates=_rates(drop_rates),
-        masks=_listed(masks, str, "--masks", MASKS),
-        bits=_listed(bits, int, "--bits", BITS),
-        seeds=_listed(seeds, int, "--seeds"),
+        methods=listed(methods, str, "--methods", METHODS),
+        drop_rates=listed_rates(drop_rates),
+        masks=listed(masks, str, "--masks", MASKS),
+        bits=listed(bits, int, "--bits", BITS),
+        seeds=listed(seeds, int, "--seeds"),
         keep_vectors=keep_vectors,
     )
     run_drop(
@@ -187,11 +188,11 @@ def fidelity(
         width, colon, rates = item.partition(":")
         if not colon:
             raise typer.BadParameter(f"{item!r} is not BITS:P,P…", param_hint="--point")
-        chosen[_listed(width, int, "--point", BITS)[0]] = _rates(rates)
+        chosen[listed(width, int, "--point", BITS)[0]] = listed_rates(rates, "--point")
     axes = FidelityAxes(
         points=chosen or DEFAULT_POINTS,
-        seeds=_listed(seeds, int, "--seeds"),
-        lora_bits=[] if lora_bits == "none" else _listed(lora_bits, float, "--lora-bits"),
+        seeds=listed(seeds, int, "--seeds"),
+        lora_bits=[] if lora_bits == "none" else listed(lora_bits, float, "--lora-bits"),
         sign_and_scale=bitdelta,
     )
     run_fidelity(
@@ -243,11 +244,11 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
         raise typer.BadParameter("a merge needs the fine-tunes of two tasks or more")
     known = {**METHODS, **OTHER_METHODS}
     axes = MergeAxes(
-        methods={name: known[name] for name in _listed(methods, str, "--methods", known)},
-        sizes=[None if size == "all" else _size(size) for size in _listed(sizes, str, "--sizes")],
+        methods={name: known[name] for name in listed(methods, str, "--methods", known)},
+        sizes=[None if size == "all" else _size(size) for size in listed(sizes, str, "--sizes")],
         dare=both[dare],
-        drop_rates=_rates(drop_rates),
-        seeds=_listed(seeds, int, "--seeds"),
+        drop_rates=listed_rates(drop_rates),
+        seeds=listed(seeds, int, "--seeds"),
         selection_rows=selection_rows,
         statistics_rows=statistics_rows,
     )
@@ -304,31 +305,8 @@ def _usage(function: Callable[[list[str]], Value], given: list[str]) -> Value:
         raise typer.BadParameter(str(error)) from error
 
 
-def _listed(
-    text: str, kind: Callable[[str], Value], option: str, known: Collection[Value] | None = None
-) -> list[Value]:
-    """Values with commas between, each once."""
-    try:
-        values = list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: {error}", param_hint=option) from error
-    for value in values:
-        if known is not None and value not in known:
-            there = ", ".join(map(str, known))
-            raise typer.BadParameter(f"{value!r}; there are {there}", param_hint=option)
-    return values
-
-
-def _rates(text: str) -> list[float]:
-    rates = _listed(text, float, "--drop-rates")
-    for rate in rates:
-        if not 0 <= rate < 1:
-            raise typer.BadParameter(f"a drop rate is {rate}; it must be at least 0 and below 1")
-    return rates
-
-
 def _size(text: str) -> int:
-    size = _listed(text, int, "--sizes")[0]
+    size = listed(text, int, "--sizes")[0]
     if size < 2:
         raise typer.BadParameter(f"{size} tasks are no merge", param_hint="--sizes")
     return size

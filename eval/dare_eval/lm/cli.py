@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+
+from dare_eval.listed_options import listed, listed_rates
 
 if TYPE_CHECKING:
     from dare_eval.lm.experiments import Laboratory
@@ -47,7 +48,6 @@ Work = Annotated[
     Path | None, typer.Option(help="Where deltas lie while they are needed; default: a temporary.")
 ]
 Seeds = Annotated[str, typer.Option(help="Of masks, with commas between.")]
-Value = TypeVar("Value")
 
 
 @app.command()
@@ -101,11 +101,11 @@ def drop(  # noqa: PLR0917
     from dare_eval.lm.experiments import DROP_METHODS, DropAxes
 
     axes = DropAxes(
-        methods=_listed(methods, str, "--methods", DROP_METHODS),
-        drop_rates=_rates(drop_rates),
-        masks=_listed(masks, str, "--masks", MASKS),
-        bits=_listed(bits, int, "--bits", BITS),
-        seeds=_listed(seeds, int, "--seeds"),
+        methods=listed(methods, str, "--methods", DROP_METHODS),
+        drop_rates=listed_rates(drop_rates),
+        masks=listed(masks, str, "--masks", MASKS),
+        bits=listed(bits, int, "--bits", BITS),
+        seeds=listed(seeds, int, "--seeds"),
     )
     _laboratory(**locals()).drop(finetuned, axes)
 
@@ -142,11 +142,11 @@ def merge(  # noqa: PLR0917
     if len(models) < 2:
         raise typer.BadParameter("merging takes two models or more", param_hint="MODELS")
     axes = MergeAxes(
-        combination_types=_listed(combination_types, str, "--combination-types", method_names()),
+        combination_types=listed(combination_types, str, "--combination-types", method_names()),
         options=dict(_assignment(text, "--option") for text in option or []),
         weight=weight,
-        drop_rates=_rates(drop_rates),
-        seeds=_listed(seeds, int, "--seeds"),
+        drop_rates=listed_rates(drop_rates),
+        seeds=listed(seeds, int, "--seeds"),
         pairs=pairs,
     )
     _laboratory(**locals()).merge(models, axes)
@@ -167,7 +167,7 @@ def check_scoring(
     from dare_eval.lm.check_scoring import check_scoring as check
     from dare_eval.lm.evaluation import RefusedCodeError, check_task
 
-    chosen = _listed(tasks, str, "--tasks", list(REFERENCES))
+    chosen = listed(tasks, str, "--tasks", list(REFERENCES))
     try:
         for task in chosen:
             check_task(task, allow_code_execution)
@@ -232,11 +232,11 @@ def _laboratory(
     from dare_eval.lm.experiments import Laboratory
     from dare_eval.records import Records
 
-    (backend,) = _listed(backend, str, "--backend", list(BACKENDS))
+    (backend,) = listed(backend, str, "--backend", list(BACKENDS))
     try:
         return Laboratory(
             base,
-            _listed(tasks, str, "--tasks"),
+            listed(tasks, str, "--tasks"),
             Records(records),
             Evaluation(
                 data_dir=None if data_dir is None else str(data_dir),
@@ -253,28 +253,6 @@ def _laboratory(
         )
     except RefusedCodeError as error:
         raise typer.BadParameter(str(error), param_hint="--tasks") from error
-
-
-def _listed(
-    text: str, kind: Callable[[str], Value], option: str, valid: Collection[Value] | None = None
-) -> list[Value]:
-    """Values with commas between."""
-    try:
-        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
-    wrong = [value for value in values if valid is not None and value not in valid]
-    if wrong or not values:
-        known = ", ".join(map(str, valid)) if valid is not None else "at least one"
-        raise typer.BadParameter(f"{text!r}: there are {known}", param_hint=option)
-    return values
-
-
-def _rates(text: str) -> list[float]:
-    rates = _listed(text, float, "--drop-rates")
-    if not all(0 <= rate < 1 for rate in rates):
-        raise typer.BadParameter(f"{text}: each is in [0, 1)", param_hint="--drop-rates")
-    return rates
 
 
 def _assignment(text: str, option: str) -> tuple[str, Any]:
