@@ -81,6 +81,10 @@ def train(  # noqa: PLR0917 (typer reads options from the signature)
     group_by_length: Annotated[
         bool, typer.Option("--group-by-length", help="Pad less; the order is less random.")
     ] = False,
+    start_from: Annotated[
+        str | None,
+        typer.Option(help="Fine-tune of BASE on another task whose encoder to go on with."),
+    ] = None,
     eval_rows: EvalRows = None,
     device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace fine-tunes that exist.")] = False,
@@ -107,6 +111,7 @@ def train(  # noqa: PLR0917 (typer reads options from the signature)
             train_rows=train_rows,
             held_out=held_out,
             group_by_length=group_by_length,
+            start_from=start_from,
         ),
         data_dir=data_dir,
         multi_task=multi_task,

@@ -49,6 +49,9 @@ class TrainingSettings:
         held_out: rows of each task's training data that are not trained on: hyper-parameters are
             chosen on them.
         group_by_length: batches of rows of similar length, which pads less.
+        start_from: a fine-tune of the same base on another task, whose encoder training starts
+            from in place of the base's (intermediate-task training, Phang et al. 2018; RoBERTa's
+            RTE is made so from MNLI).
     """
 
     epochs: float = 10
@@ -61,6 +64,7 @@ class TrainingSettings:
     train_rows: int | None = None
     held_out: int = 256
     group_by_length: bool = False
+    start_from: str | None = None
 
     def resolved(self, tasks: Sequence[Task]) -> TrainingSettings:
         """With the learning rate that these tasks are trained with."""
@@ -135,13 +139,15 @@ def train(
         What is known of the training: steps, rows, loss, CPU seconds.
 
     Raises:
-        CheckpointError: the base does not load.
+        CheckpointError: the base, or what is started from, does not load.
         AdapterExistsError: a checkpoint exists and `overwrite` is not set.
     """
     settings = settings.resolved(list(tasks))
     torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(base)
     shared = SharedEncoder({task.name: load_classifier(base, task.labels) for task in tasks})
+    if settings.start_from is not None:
+        _take_encoder(shared, settings.start_from)
     rows = {task: _training_rows(own, settings) for task, own in tasks.items()}
     examples = [
         example
@@ -200,6 +206,22 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} has no tokenizer that loads: {error}") from error
+
+
+def _take_encoder(shared: SharedEncoder, source: str) -> None:
+    """The weights of a fine-tune's encoder; its head is for another task, and stays behind.
+
+    Raises:
+        CheckpointError: it has no encoder of the base's kind.
+    """
+    encoder: Any = next(iter(shared.classifiers.values())).base_model
+    try:
+        other = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+        encoder.load_state_dict(other.base_model.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"training cannot start from {source}: it has no encoder of the base's kind ({error})"
+        ) from error
 
 
 def _training_rows(rows: Sequence[Row], settings: TrainingSettings) -> list[Row]:

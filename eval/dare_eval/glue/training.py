@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ def run_training(
         AdapterExistsError: OUT has a fine-tune that was made with other settings.
     """
     of_base = model_identity(base)
+    start = settings.start_from
+    of_start = None if start is None else " ".join(model_identity(start).values())
     for group in [list(tasks)] if multi_task else [[task] for task in tasks]:
         own = settings.resolved(group)
         made = [_made(out / task.name, group, own, overwrite) for task in group]
@@ -54,6 +56,7 @@ def run_training(
         for task in group:
             about = _made(out / task.name, group, own)
             assert about is not None
+            told = replace(own, start_from=of_start)  # no path: a record is read elsewhere
             config = {
                 "experiment": "glue-train",
                 "task": task.name,
@@ -62,7 +65,7 @@ def run_training(
                 "base": of_base,
                 "finetuned": model_identity(out / task.name),
                 "eval_rows": eval_rows,
-                **asdict(own),
+                **asdict(told),
             }
             bench = TaskBench(
                 base,
@@ -73,7 +76,7 @@ def run_training(
                 max_length=own.max_length,
                 device=device,
             )
-            cells.append((config, partial(_score, bench, own, about, data_dir)))
+            cells.append((config, partial(_score, bench, told, about, data_dir)))
         records.run_all(cells, f"score {', '.join(task.title for task in group)}")
 
 

@@ -153,3 +153,35 @@ def test_a_model_that_is_none_is_named(data_dir: Path, tmp_path: Path):
             SETTINGS,
             data_dir=data_dir,
         )
+
+
+def test_training_starts_from_another_fine_tunes_encoder(
+    lab: Lab, data_dir: Path, tmp_path: Path, bert: str
+):
+    """With no step taken, the encoder is the other fine-tune's, and the head is not."""
+    still = TrainingSettings(
+        epochs=0.01, held_out=24, learning_rate=0.0, start_from=str(lab.finetuned / "mrpc")
+    )
+    rows = read_rows(TASKS["sst2"], "train", data_dir)
+    train(bert, {TASKS["sst2"]: rows}, tmp_path, still)
+    made, other = read_checkpoint(tmp_path / "sst2"), read_checkpoint(lab.finetuned / "mrpc")
+    encoder = {name for name in other if name.startswith("bert.")}
+    assert encoder
+    assert all(torch.equal(made[name], other[name]) for name in encoder)
+    assert not torch.equal(made["classifier.weight"], other["classifier.weight"])
+    records = Records(tmp_path / "records")
+    run_training(bert, [TASKS["sst2"]], tmp_path, records, still, data_dir=data_dir)
+    (record,) = records
+    assert str(lab.finetuned) not in json.dumps(record.config) + json.dumps(record.result)
+
+
+def test_what_cannot_be_started_from_is_named(bert: str, data_dir: Path, tmp_path: Path):
+    wider = AutoModelForSequenceClassification.from_pretrained(bert)
+    config = wider.config
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 64
+    type(wider)(config).save_pretrained(tmp_path / "wider")
+    settings = TrainingSettings(held_out=24, start_from=str(tmp_path / "wider"))
+    rows = read_rows(TASKS["sst2"], "train", data_dir)
+    with pytest.raises(CheckpointError, match=r"start from .*wider"):
+        train(bert, {TASKS["sst2"]: rows}, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
