@@ -108,7 +108,7 @@ sparse-training: setup ## memory and time of training survivors, beside LoRA
 bench-kernels: setup ## products from packed deltas, on the GPU if there is one; ARGS="--quick"
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
-bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of two hours
+bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
 clean: ## remove the environment and what runs left
