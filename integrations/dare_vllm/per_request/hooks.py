@@ -45,6 +45,14 @@ HOOKS = (
     Hook(f"{_MODELS}.load_lora_adapter", ("self", "request", "base_model_name")),
     Hook(f"{_MODELS}.resolve_lora", ("self", "lora_name")),
     Hook("vllm.v1.engine.llm_engine:LLMEngine.add_lora", ("self", "lora_request")),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        (
+            *("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"),
+            *("lora_request", "tokenization_kwargs", "trace_headers", "priority"),
+            *("data_parallel_rank", "resumable", "session_id", "kv_hints"),
+        ),
+    ),
     # Called, or read.
     Hook(
         "vllm.lora.lora_model:LoRAModel.__init__",

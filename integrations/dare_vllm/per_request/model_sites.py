@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from dare_vllm.at_load.logit_mask import LogitMask, mask_of
+from dare_vllm.per_request.added_rows import AddedRows
 from dare_vllm.per_request.experts_site import ExpertsSite, expert_shard, is_plain_experts
-from dare_vllm.per_request.shards import Shard, embedding_shards, linear_shards
+from dare_vllm.per_request.shards import Shard, embedding_shards, held_spare_rows, linear_shards
 from dare_vllm.per_request.sites import EmbeddingSite, LinearSite, NormSite, Site
 from dare_vllm.per_request.slots import RowSlots
 
@@ -50,6 +52,9 @@ class ModelSites:
         rows: where slots are told.
         has_rows: whether the rows of a layer, by its name, are tokens of the step; those of an
             image's tower are not.
+
+    Attributes:
+        mask: of the logits, where the engine spares rows for tokens of adapters.
     """
 
     def __init__(
@@ -69,6 +74,9 @@ class ModelSites:
         self._kinds: dict[int, str] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
             self._take(name, module, has_rows)
+        self.mask: LogitMask | None = mask_of(model)
+        if self.mask is not None:
+            self.mask.attach(rows)
         config = model.config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
 
@@ -80,6 +88,20 @@ class ModelSites:
         """Make rows of a slot the base's again."""
         for site in self._sites.values():
             site.clear(slot)
+        if self.mask is not None:
+            self.mask.clear(slot)
+
+    @property
+    def spare_rows(self) -> int:
+        """How many tokens the base does not have, and adapters may."""
+        return 0 if self.mask is None else self.mask.total - self.mask.own
+
+    def vocabularies(self) -> list[Site]:
+        """The embedding and the head: what an adapter that adds tokens must give rows to."""
+        found = (
+            site for site in self._sites.values() if isinstance(site, (EmbeddingSite, LinearSite))
+        )
+        return [site for site in found if site.added is not None]
 
     @property
     def replaces_experts(self) -> bool:
@@ -203,7 +225,7 @@ class ModelSites:
             return
         self._kinds[id(module)] = kind
         if kind == "embedding":
-            embedding = EmbeddingSite(name, self.rows)
+            embedding = EmbeddingSite(name, self.rows, self._added_rows(module))
             embedding.wrap(module)
             self._sites[id(module), EmbeddingSite] = embedding
             if module is getattr(self.model, "lm_head", None):
@@ -222,12 +244,16 @@ class ModelSites:
     def _take_linear(self, name: str, layer: Any, *, of_samples: bool) -> None:
         bias = getattr(layer, "bias", None)
         width = 0 if bias is None else int(bias.numel())
-        site = LinearSite(name, self.rows, bias_width=width, of_samples=of_samples)
+        added = self._added_rows(layer) if of_samples else None
+        site = LinearSite(name, self.rows, bias_width=width, of_samples=of_samples, added=added)
         if self._kinds[id(layer)].endswith("+"):
             site.wrap_forward(layer)
         else:
             site.wrap(layer)
         self._sites[id(layer), LinearSite] = site
+
+    def _added_rows(self, layer: Any) -> AddedRows:
+        return AddedRows(self.rows, held_spare_rows(layer)[2])
 
     def _take_norm(self, name: str, layer: Any, kind: str) -> None:
         bias = getattr(layer, "bias", None)
