@@ -129,6 +129,9 @@ class Combination(DeltaSource):
     def stored_bits(self, name: str) -> int:
         return max(source.stored_bits(name) for source in self.sources if name in source)
 
+    def added_row_count(self, name: str) -> int:
+        return max(source.added_row_count(name) for source in self.sources if name in source)
+
     @property
     def identity(self) -> str:
         description = {**self.describe(), "adapters": self._parts()}

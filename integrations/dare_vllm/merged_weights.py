@@ -32,7 +32,7 @@ from dare_adapters.pairing import TIED_HEADS, embedding_name
 from dare_adapters.parallel import worker_pool
 from dare_adapters.source import DeltaSource, Renamed
 
-__all__ = ["MergedWeights", "leaves", "plain_torch"]
+__all__ = ["MergedWeights", "plain_torch"]
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -97,7 +97,7 @@ class MergedWeights:
         self._left_out: set[str] = set()
         self._prefix = ""
         if self.source is not None:
-            adapters = [leaf for leaf in leaves(self.source) if isinstance(leaf, Adapter)]
+            adapters = [leaf for leaf in _leaves(self.source) if isinstance(leaf, Adapter)]
             self._read_layout(adapters)
             self._check_parameters()
             if check_base:
@@ -294,13 +294,13 @@ def _merged_shape(delta: Delta) -> tuple[int, ...]:
     return (delta.shape[0] + added, *delta.shape[1:]) if delta.shape else ()
 
 
-def leaves(source: DeltaSource) -> Iterator[DeltaSource]:
+def _leaves(source: DeltaSource) -> Iterator[DeltaSource]:
     """The adapters that a source is made of."""
     if isinstance(source, Renamed):
-        yield from leaves(source.source)
+        yield from _leaves(source.source)
     elif isinstance(source, Combination):
         for part in source.sources:
-            yield from leaves(part)
+            yield from _leaves(part)
     else:
         yield source
 

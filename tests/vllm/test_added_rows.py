@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import Pack
+import dare_adapters
+from tests.conftest import Pack, raw_bytes
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
 from tests.vllm.grown import grow, merged_grown
 from tests.vllm.loras import add_lora, write_lora
@@ -19,6 +21,8 @@ from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
+
+from dare_vllm import set_mixture  # noqa: E402 (only where vLLM is)
 
 Starter = Callable[..., Engine]
 OWN, SPARE = 97, 5
@@ -179,6 +183,67 @@ def test_more_rows_than_are_spared_are_refused_with_the_setting_that_makes_room(
     with pytest.raises(Exception, match=r"adapter 'six' cannot be served.*\"spare_rows\": 6"):
         served.engine.llm.llm_engine.add_lora(six)
     served.check(["five"])
+
+
+def test_a_token_with_an_embedding_and_no_logit_is_refused_by_name(
+    served: Served, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    finetuned = tmp_path / "finetuned"
+    grow(served.pack, "a", 3, tmp_path)
+    tensors = load_file(finetuned / "model.safetensors")
+    if "lm_head.weight" not in tensors:
+        pytest.skip("of a tied head there are no two opinions")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:OWN].contiguous()
+    save_file(tensors, finetuned / "model.safetensors", metadata={"format": "pt"})
+    dare_adapters.extract(
+        served.pack.base,
+        finetuned,
+        tmp_path / "half",
+        drop_rate=0.5,
+        on_large_delta="ignore",
+        progress=False,
+    )
+    with pytest.raises(Exception, match=r"lm_head: it does not get the 3 vocabulary rows"):
+        served.engine.llm.llm_engine.add_lora(request_for(tmp_path / "half"))
+
+
+@pytest.mark.parametrize("route", ["reload", "sparse"])
+def test_a_swap_changes_the_base_beneath_added_tokens(
+    route: str, packs: Callable[[str], Pack], start_engine: Starter, tmp_path: Path
+) -> None:
+    pack = packs("llama")
+    extra = {"spare_rows": SPARE, "plain_weights": True}
+    engine = start_engine(pack.base, **{**SETTINGS, "model_loader_extra_config": extra})
+    three = grow(pack, "a", 3, tmp_path)
+    prompt = [*PROMPTS[0], 98, 99]
+    own = request_for(three)
+    alone = merged_grown(pack, [(three, 1.0)])
+    assert_says_the_same(engine.greedy([prompt], lora_request=[own]), alone, [prompt])
+    b = pack.adapters["b"]
+    set_mixture(engine.llm, [b], route=route)
+    both = merged_grown(pack, [(three, 1.0), (b, 1.0)])
+    assert_says_the_same(engine.greedy([prompt], lora_request=[own]), both, [prompt])
+    assert_says_the_same(engine.greedy(), merged_grown(pack, [(b, 1.0)]))
+    set_mixture(engine.llm, [], route=route)
+    assert_says_the_same(engine.greedy([prompt], lora_request=[own]), alone, [prompt])
+    kept = {name: raw_bytes(value) for name, value in engine.weights().items()}
+    assert kept == {name: raw_bytes(value) for name, value in engine.at_start.items()}
+
+
+def test_a_mix_has_the_tokens_of_whichever_part_has_most(served: Served, tmp_path: Path) -> None:
+    from dare_vllm.per_request import mix_path
+    from dare_vllm.per_request.token_check import added_rows_at
+
+    parts = [(str(served.paths[name]), 0.5) for name in ("plain", "three", "five")]
+    beside = [shutil.copytree(path, tmp_path / str(n)) for n, (path, _) in enumerate(parts)]
+    dare_adapters.combine(beside, tmp_path / "mix", [0.5] * 3, as_mix=True)
+    assert added_rows_at(mix_path(parts)) == 5
+    assert added_rows_at(mix_path(parts[:2])) == 3
+    assert added_rows_at(mix_path(parts[:1])) == 0
+    assert added_rows_at(str(tmp_path / "mix")) == 5
+    assert added_rows_at(served.requests["lora"].lora_path) == 0
 
 
 def test_beside_spare_rows_the_base_and_adapters_sample_what_they_sample_without(

@@ -10,11 +10,9 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from dare_adapters.adapter import Adapter
 from dare_adapters.errors import DareError
 from dare_adapters.open_source import open_source
 from dare_vllm.at_load.spare_rows import spare_rows_in
-from dare_vllm.merged_weights import leaves
 from dare_vllm.per_request.loading import parts_of
 
 __all__ = ["added_rows_at", "hook_token_check"]
@@ -54,13 +52,7 @@ def added_rows_at(path: str) -> int:
         sources = [open_source(get_adapter_absolute_path(own), verify=False) for own, _ in parts]
     except (DareError, OSError):
         return 0  # whoever loads it says what is wrong
-    return max((_added_rows(leaf) for source in sources for leaf in leaves(source)), default=0)
-
-
-def _added_rows(source: object) -> int:
-    if not isinstance(source, Adapter):
-        return 0
-    return max((entry.added_rows for entry in source.config.parameters.values()), default=0)
+    return max((source.added_row_count(name) for source in sources for name in source), default=0)
 
 
 def _check_tokens(request: Any, own: int, total: int) -> None:
