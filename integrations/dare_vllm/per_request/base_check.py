@@ -128,6 +128,8 @@ def _live(place: Place, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor
         tensor = layer.bias if place.part == "bias" else layer.weight
         return _detached(tensor.detach().view(-1)[(row + place.shard.start).to(tensor.device)])
     method = place.site.method
+    if method is None:  # a table that is no vocabulary
+        return _detached(layer.weight[row.to(layer.weight.device), column.to(layer.weight.device)])
     if not _is_plain(method):
         return None
     device = _device(layer)

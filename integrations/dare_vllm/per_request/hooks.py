@@ -81,6 +81,11 @@ HOOKS = (
             *("shared_experts", "shared_experts_input"),
         ),
     ),
+    Hook("vllm.model_executor.models.transformers.base:Base"),
+    Hook(
+        "vllm.model_executor.models.opt:OPTLearnedPositionalEmbedding.forward",
+        ("self", "positions"),
+    ),
     Hook(f"{_LAYERS}.layernorm:RMSNorm.forward_native", ("self", "x", "residual")),
     Hook(f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_native", ("self", "x", "residual")),
     Hook(f"{_LAYERS}.layernorm:LayerNorm.forward_native", ("self", "x")),

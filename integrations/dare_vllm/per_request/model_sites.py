@@ -6,6 +6,7 @@ what is fused. Whatever has no site is refused by name, so that no part of a fin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ class ModelSites:
         self._elsewhere: list[str] = []  # layers of other pipeline stages
         self._sites: dict[tuple[int, type[Site]], Site] = {}
         self._kinds: dict[int, str] = {}
+        # transformers' own models, which vLLM runs with a batch of one around each step's rows.
+        self._batched = any(own.__module__.startswith(_TRANSFORMERS) for own in type(model).__mro__)
         for name, module in list(model.named_modules(remove_duplicate=False)):
             self._take(name, module, has_rows)
         self.mask: LogitMask | None = mask_of(model)
@@ -79,6 +82,9 @@ class ModelSites:
             self.mask.attach(rows)
         config = model.config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
+        pools = bool(getattr(model, "is_pooling_model", False))
+        self._has_logits = hasattr(model, "compute_logits") and not pools
+        self._take_embedding_as_head()
 
     def sites(self) -> Iterable[Site]:
         """All of them."""
@@ -132,6 +138,10 @@ class ModelSites:
         found = list(self._places_in(layer, part, number))
         for other in self._tied_to(layer) if part == "weight" else ():
             found += self._places_in(other, part, None)
+        if self._tied and self._has_logits and self._kind(layer) == "embedding":
+            heads = any(isinstance(place.site, LinearSite) for place in found)
+            if not heads and not self._elsewhere:
+                raise NoPlaceError("a head is tied to it, and vLLM's model has none of its layers")
         return found
 
     def _tied_to(self, layer: Any) -> list[Any]:
@@ -160,6 +170,10 @@ class ModelSites:
             width = int(layer.weight.numel())
             shard = Shard((width,), (0, width), (0, 1), 0)
             yield Place(self._sites[id(layer), NormSite], layer, part, shard)
+        elif kind == "positions":
+            rows, columns = (int(size) for size in layer.weight.shape)
+            shard = Shard((rows, columns), (0, rows), (0, columns), 0)
+            yield Place(self._sites[id(layer), EmbeddingSite], layer, part, shard)
         elif kind in _VOCABULARY:
             for site_type in (EmbeddingSite, LinearSite):
                 site = self._sites.get((id(layer), site_type))
@@ -224,7 +238,11 @@ class ModelSites:
         if kind is None:
             return
         self._kinds[id(module)] = kind
-        if kind == "embedding":
+        if kind == "positions":
+            positions = EmbeddingSite(name, self.rows)
+            positions.wrap_positions(module)
+            self._sites[id(module), EmbeddingSite] = positions
+        elif kind == "embedding":
             embedding = EmbeddingSite(name, self.rows, self._added_rows(module))
             embedding.wrap(module)
             self._sites[id(module), EmbeddingSite] = embedding
@@ -252,6 +270,19 @@ class ModelSites:
             site.wrap(layer)
         self._sites[id(layer), LinearSite] = site
 
+    def _take_embedding_as_head(self) -> None:
+        """Some models ask their embedding for logits, and have no head that is tied to it."""
+        heads = any(kind == "head" for kind in self._kinds.values())
+        vocabularies = {
+            id(layer): (name, layer)
+            for name, layer in self._layers.items()
+            if self._kind(layer) == "embedding"
+        }
+        if self._tied and self._has_logits and not heads and len(vocabularies) == 1:
+            name, layer = next(iter(vocabularies.values()))
+            if (id(layer), LinearSite) not in self._sites:
+                self._take_linear(name, layer, of_samples=True)
+
     def _added_rows(self, layer: Any) -> AddedRows:
         return AddedRows(self.rows, held_spare_rows(layer)[2])
 
@@ -259,12 +290,13 @@ class ModelSites:
         bias = getattr(layer, "bias", None)
         widths = int(layer.weight.numel()), 0 if bias is None else int(bias.numel())
         one, centred = float(kind == "gemma_rms_norm"), kind == "layer_norm"
-        site = NormSite(name, self.rows, widths, one=one, centred=centred)
+        site = NormSite(name, self.rows, widths, one=one, centred=centred, batched=self._batched)
         site.wrap(layer)
         self._sites[id(layer), NormSite] = site
 
 
 _VOCABULARY = ("embedding", "head")
+_TRANSFORMERS = "vllm.model_executor.models.transformers"
 
 
 def _kind_of(module: Any) -> str | None:
@@ -279,6 +311,9 @@ def _kind_of(module: Any) -> str | None:
         return _vocabulary_kind(module)
     if isinstance(module, RoutedExperts):
         return "experts" if is_plain_experts(module) else None
+    opt = sys.modules.get("vllm.model_executor.models.opt")
+    if opt is not None and isinstance(module, opt.OPTLearnedPositionalEmbedding):
+        return "positions"
     weight = getattr(module, "weight", None)
     return _norm_kind(module) if weight is not None and weight.dim() == 1 else None
 
@@ -333,7 +368,9 @@ def _norm_kind(module: Any) -> str | None:
         ("layer_norm", torch.nn.LayerNorm, "forward"),
     ):
         if isinstance(module, base) and getattr(module, "has_weight", True):
-            return kind if _inherits(module, base, forward) else None
+            # One that overrides what calls that function may gather ranks' parts first.
+            whole = _inherits(module, base, "forward") or getattr(module, "tp_size", 0) == 1
+            return kind if whole and _inherits(module, base, forward) else None
     return None
 
 

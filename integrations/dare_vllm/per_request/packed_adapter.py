@@ -123,10 +123,13 @@ def pack_adapter(
 
 
 def _is_called(places: Sequence[Place]) -> bool:
-    """Whether the model calls every layer of a parameter, or one of those that share its tensor."""
+    """Whether the model calls every layer of a parameter.
+
+    Of layers that share its tensor one of each kind is enough: an embedding, and a head.
+    """
     parts: dict[object, list[bool]] = {}
     for place in places:
-        parts.setdefault((place.part, place.shard), []).append(place.site.ran)
+        parts.setdefault((place.part, place.shard, type(place.site)), []).append(place.site.ran)
     return all(any(ran) for ran in parts.values())
 
 

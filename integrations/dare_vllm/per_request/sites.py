@@ -186,10 +186,10 @@ class EmbeddingSite(Site):
     Args:
         name: of the layer.
         rows: where slots are told.
-        added: the rows that adapters bring.
+        added: the rows that adapters bring; None: its rows are no tokens.
     """
 
-    def __init__(self, name: str, rows: RowSlots, added: AddedRows) -> None:
+    def __init__(self, name: str, rows: RowSlots, added: AddedRows | None = None) -> None:
         super().__init__(name, rows)
         self.added = added
         self.method: Any = None  # the layer's own, once it is wrapped
@@ -208,24 +208,36 @@ class EmbeddingSite(Site):
         if hasattr(layer, "use_fused_embedding"):  # a kernel that reads the weight by itself
             layer.use_fused_embedding = False
 
+    def wrap_positions(self, layer: Any) -> None:
+        """The same for a table of learned positions, whose rows begin `offset` later."""
+        own_forward = layer.forward
+
+        def forward(positions: torch.Tensor) -> torch.Tensor:
+            return self.add(own_forward(positions), positions + layer.offset)
+
+        layer.forward = forward
+
     def fill(self, slot: int, part: str, start: int, changes: Sequence[Change]) -> None:
         if not _fill_added(self.added, slot, part, changes):
             self.products.fill(slot, changes)
 
     def clear(self, slot: int) -> None:
         self.products.clear(slot)
-        self.added.clear(slot)
+        if self.added is not None:
+            self.added.clear(slot)
 
     def add(self, output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of ids (…) in the base, with each row's changes."""
         self.ran = True
-        if not self.products.used and not self.added.used:
+        adds = self.added is not None and self.added.used
+        if not self.products.used and not adds:
             return output
         output = output.contiguous()
         flat, ids = output.view(-1, output.shape[-1]), ids.reshape(-1)
         slots = self.rows.of_tokens(len(ids))
         self.products.look_up(flat, ids, slots)
-        self.added.look_up(flat, ids, slots)
+        if self.added is not None:
+            self.added.look_up(flat, ids, slots)
         return output
 
 
@@ -238,13 +250,21 @@ class NormSite(Site):
         widths: of its weight, and of its bias, 0: it has none.
         one: what the layer adds to its weight (Gemma stores w - 1).
         centred: whether it subtracts the mean (LayerNorm) or not (RMSNorm).
+        batched: whether the model calls it with one dimension more, a batch of one: rows (1, T, …).
     """
 
     def __init__(
-        self, name: str, rows: RowSlots, widths: tuple[int, int], *, one: float, centred: bool
+        self,
+        name: str,
+        rows: RowSlots,
+        widths: tuple[int, int],
+        *,
+        one: float,
+        centred: bool,
+        batched: bool = False,
     ) -> None:
         super().__init__(name, rows)
-        self.one, self.centred = one, centred
+        self.one, self.centred, self.batched = one, centred, batched
         self.weight, self.bias = (Vectors(rows, width) for width in widths)
 
     def wrap(self, layer: Any) -> None:
@@ -271,6 +291,11 @@ class NormSite(Site):
         """What the layer made of x, (T, H) or (T, heads, H), with each row's own weight."""
         if not self.weight.used and not self.bias.used:
             return output
+        if self.batched:
+            return self._changed_rows(layer, output[0], x[0])[None]
+        return self._changed_rows(layer, output, x)
+
+    def _changed_rows(self, layer: Any, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         slots = self.rows.of_tokens(len(x))
         between = (slice(None), *[None] * (x.dim() - 2))  # heads of one token have its slot
         wide = x.to(torch.float32)
