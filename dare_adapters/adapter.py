@@ -153,6 +153,9 @@ class Adapter(DeltaSource):
         entry = self.config.parameters[name]
         return entry.bits if entry.kind == "sparse" and entry.bits is not None else WHOLE
 
+    def added_row_count(self, name: str) -> int:
+        return self.config.parameters[name].added_rows
+
     @property
     def identity(self) -> str:
         return self.config.sha256

@@ -45,6 +45,15 @@ def serve(
     load_at_run_time: Annotated[
         bool, typer.Option(help="Let clients load adapters: POST /v1/load_lora_adapter.")
     ] = False,
+    spare_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Vocabulary rows kept free for tokens that adapters add; as many as the adapters "
+            "given here need, by default.",
+        ),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print vLLM's command and do not run it.")
     ] = False,
@@ -67,7 +76,7 @@ def serve(
         arguments = [
             *("--model", base),
             *_lora_options(modules, sources, load_at_run_time),
-            *_mixture_options(mixture),
+            *_loading_options(mixture, _needed_rows(sources) if spare_rows is None else spare_rows),
             *options,
         ]
     except DareError as error:
@@ -127,15 +136,25 @@ def _rank(source: LoraAdapter) -> int:
     return max((rank for rank in ranks if isinstance(rank, int)), default=1)
 
 
-def _mixture_options(mixture: str | None) -> list[str]:
-    if mixture is None:
+def _needed_rows(sources: Mapping[str, DeltaSource]) -> int:
+    """How many tokens the adapters have at most that the base does not; LoRAs add none."""
+    ours = [source for source in sources.values() if not isinstance(source, LoraAdapter)]
+    return max((source.added_row_count(name) for source in ours for name in source), default=0)
+
+
+def _loading_options(mixture: str | None, spare_rows: int) -> list[str]:
+    config: dict[str, object] = {}
+    if mixture is not None:
+        try:
+            config = json.loads(mixture)
+        except ValueError as error:
+            raise DareError(f"--mixture is not JSON ({error})") from error
+        if not isinstance(config, dict) or not config.get("adapters"):
+            raise DareError('--mixture must be an object with adapters: {"adapters": ["DIR"]}')
+    if spare_rows:
+        config = {**config, "spare_rows": spare_rows}
+    if not config:
         return []
-    try:
-        config = json.loads(mixture)
-    except ValueError as error:
-        raise DareError(f"--mixture is not JSON ({error})") from error
-    if not isinstance(config, dict) or not config.get("adapters"):
-        raise DareError('--mixture must be an object with adapters: {"adapters": ["DIR"]}')
     return ["--load-format", PLUGIN, "--model-loader-extra-config", json.dumps(config)]
 
 

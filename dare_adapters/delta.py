@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "NoChange",
     "WeightedDelta",
     "WholeDelta",
+    "join_added_rows",
 ]
 
 # Entries that one step works on: small enough for the caches, large enough to hide dispatch.
@@ -307,6 +308,25 @@ class WeightedDelta:
     def read(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         index, values = self.delta.read(start, stop)
         return index, values if self.weight == 1.0 else values * self.weight
+
+
+def join_added_rows(given: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """Vocabulary rows of several deltas as one: the first's, and of others what is beyond.
+
+    They are values and no differences, so that weights of the deltas do not apply to them.
+
+    Args:
+        given: `added_rows` of each, in their order.
+    """
+    rows: torch.Tensor | None = None
+    for more in given:
+        if more is None:
+            continue
+        if rows is None:
+            rows = more
+        elif len(more) > len(rows):
+            rows = torch.cat([rows, more[len(rows) :].to(rows.dtype)])
+    return rows
 
 
 def _fill(out: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dare_adapters.base_check import check_live_base
 from dare_adapters.combine.combination import Combination
-from dare_adapters.delta import Delta, NewParameter, WeightedDelta
+from dare_adapters.delta import Delta, NewParameter, WeightedDelta, join_added_rows
 from dare_adapters.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -258,13 +258,7 @@ def _contribute(change: Change, delta: Delta | NewParameter, weight: float) -> N
     if change.value is not None:
         return
     change.deltas.append(WeightedDelta(delta, weight))
-    if delta.added_rows is not None:
-        have = change.added_rows
-        if have is None:
-            change.added_rows = delta.added_rows
-        elif len(delta.added_rows) > len(have):
-            more = delta.added_rows[len(have) :].to(have.dtype)
-            change.added_rows = torch.cat([have, more])
+    change.added_rows = join_added_rows([change.added_rows, delta.added_rows])
 
 
 def _place(model: PreTrainedModel, source: DeltaSource, strict: bool) -> dict[str, LiveParameter]:

@@ -49,6 +49,11 @@ class DeltaSource(Mapping[str, "Delta | NewParameter"]):
         """Bits of each entry of a parameter that survives, `WHOLE` where it was kept whole."""
         return 16
 
+    def added_row_count(self, name: str) -> int:
+        """How many vocabulary rows a parameter has more than the base's."""
+        added = getattr(self[name], "added_rows", None)
+        return 0 if added is None else len(added)
+
     @property
     def identity(self) -> str:
         """Depends on its content alone: what random choices about it are made from."""
@@ -108,6 +113,9 @@ class Renamed(DeltaSource):
 
     def stored_bits(self, name: str) -> int:
         return self.source.stored_bits(self.names[name])
+
+    def added_row_count(self, name: str) -> int:
+        return self.source.added_row_count(self.names[name])
 
     @property
     def identity(self) -> str:

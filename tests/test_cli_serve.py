@@ -60,6 +60,27 @@ def test_a_mixture_is_added_while_the_base_loads(make_pack: PackMaker):
     assert "--enable-lora" not in found
 
 
+def test_room_is_made_for_the_tokens_that_adapters_add(make_pack: PackMaker):
+    pack = make_pack("plain")
+    grown = make_pack("grown-by-3", change=lambda model: model.resize_token_embeddings(100))
+    chat, math = f"chat={grown.adapters['b']}", f"math={pack.adapters['a']}"
+
+    def extra(*arguments: object) -> object:
+        found = command(*arguments)
+        if "--load-format" not in found:
+            return None
+        assert found[found.index("--load-format") + 1] == "dare"
+        return json.loads(found[found.index("--model-loader-extra-config") + 1])
+
+    assert extra(pack.base, math) is None
+    assert extra(pack.base, math, chat) == {"spare_rows": 3}
+    assert extra("--spare-rows", 8, pack.base, math) == {"spare_rows": 8}
+    assert extra("--spare-rows", 0, pack.base, chat) is None
+    mixture = {"adapters": [str(pack.adapters["a"])]}
+    found = extra("--mixture", json.dumps(mixture), pack.base, chat)
+    assert found == {**mixture, "spare_rows": 3}
+
+
 def test_what_clients_may_change_is_opened_only_when_asked_for(
     make_pack: PackMaker, monkeypatch: pytest.MonkeyPatch
 ):

@@ -16,7 +16,7 @@ import torch
 from dare_adapters.combine.registry import Method, get_method
 from dare_adapters.combine.select import Threshold, largest
 from dare_adapters.combine.sparsify import RandomMasks, densities, drop_at_random, keep_largest
-from dare_adapters.delta import Delta, NewParameter, NoChange
+from dare_adapters.delta import Delta, NewParameter, NoChange, join_added_rows
 from dare_adapters.errors import ArchitectureMismatchError, BaseMismatchError, CombinationError
 from dare_adapters.prune import METHODS as PRUNE_METHODS
 from dare_adapters.source import BaseReader, DeltaSource, Renamed
@@ -129,6 +129,9 @@ class Combination(DeltaSource):
     def stored_bits(self, name: str) -> int:
         return max(source.stored_bits(name) for source in self.sources if name in source)
 
+    def added_row_count(self, name: str) -> int:
+        return max(source.added_row_count(name) for source in self.sources if name in source)
+
     @property
     def identity(self) -> str:
         description = {**self.describe(), "adapters": self._parts()}
@@ -182,7 +185,7 @@ class Combination(DeltaSource):
             else:
                 deltas.append(delta)
         combined = self._combine(name, deltas, base)
-        combined_rows = _added_rows(deltas)
+        combined_rows = join_added_rows(delta.added_rows for delta in deltas)
         if combined_rows is not None and combined.added_rows is None:
             combined.added_rows = combined_rows
         return combined
@@ -334,20 +337,6 @@ def _of(source: DeltaSource, name: str, base: BaseReader | None) -> Delta | NewP
 
 def _own_name(source: DeltaSource, name: str) -> str:
     return source.names.get(name, name) if isinstance(source, Renamed) else name
-
-
-def _added_rows(deltas: Sequence[Delta]) -> torch.Tensor | None:
-    """Rows from the first delta that has them, and from others what is beyond."""
-    rows: torch.Tensor | None = None
-    for delta in deltas:
-        more = delta.added_rows
-        if more is None:
-            continue
-        if rows is None:
-            rows = more
-        elif len(more) > len(rows):
-            rows = torch.cat([rows, more[len(rows) :].to(rows.dtype)])
-    return rows
 
 
 def _check_prune(prune: str | None, drop_rate: float | None) -> None:

@@ -30,6 +30,7 @@ from dare_adapters.errors import (
 from dare_adapters.export import check_base_checkpoint, main_dtype
 from dare_adapters.pairing import TIED_HEADS, embedding_name
 from dare_adapters.parallel import worker_pool
+from dare_adapters.row_sums import add_rows
 from dare_adapters.source import DeltaSource, Renamed
 
 __all__ = ["MergedWeights", "plain_torch"]
@@ -159,6 +160,30 @@ class MergedWeights:
                 flat[done : done + len(part)] = part
                 done += len(part)
         return made
+
+    def sample(self, name: str, positions: torch.Tensor) -> torch.Tensor:
+        """Some entries of :meth:`merged`, of rows that are computed alone.
+
+        Args:
+            name: of a parameter of the base that keeps its place.
+            positions: flat, int64 (n,), within the base's shape.
+        """
+        name = self.copies.get(name, name)
+        flat, delta = self.base[name].detach().reshape(-1), self.delta(name)
+        if delta is None:
+            return flat[positions]
+        found = torch.empty(len(positions), dtype=flat.dtype)
+        with plain_torch():
+            for number, position in enumerate(positions.tolist()):
+                row, column = divmod(position, delta.columns)
+                part = flat[row * delta.columns : (row + 1) * delta.columns]
+                found[number] = add_rows(part, [WeightedDelta(delta)], row, row + 1)[column]
+            delta.release()
+        return found
+
+    def keeps(self, name: str) -> bool:
+        """Whether a parameter of the base is a parameter of the model, changed or not."""
+        return name in self.base and name not in self._left_out and name not in self._new
 
     def delta(self, name: str) -> Delta | None:
         """What is added to one of the base's parameters."""

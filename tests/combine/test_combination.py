@@ -261,6 +261,8 @@ def test_added_rows_come_from_the_first_and_what_is_beyond_from_others(method, o
     assert merged.shape == (4, 3)
     assert merged.added_rows.dtype == torch.float32
     assert merged.added_rows[:, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
+    combination = Combination(sources_of(deltas), [1, 1, 1, 1], method, options)
+    assert combination.added_row_count(NAME) == 4
     assert Combination(sources_of(deltas[:1]), [2], method, options)[NAME].added_rows is None
     alone = Combination(sources_of(deltas[1:2]), [1], method, options)[NAME]
     assert torch.equal(alone.added_rows, deltas[1].added_rows)

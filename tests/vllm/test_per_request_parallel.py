@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import Pack
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
+from tests.vllm.grown import grow, merged_grown
 from tests.vllm.requests import merged_densely, request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
@@ -51,3 +53,34 @@ def test_two_ranks_answer_as_one(
         here = slice(number * len(PROMPTS), (number + 1) * len(PROMPTS))
         model = merged_densely(pack, own) if own else pack.live(torch.float32)
         assert_says_the_same(answers[here], model)
+
+
+def test_tokens_that_adapters_add_are_shared_out_among_ranks(
+    packs: Callable[[str], Pack],
+    start_engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    pack = packs("llama")
+    # 97 and 90 are 187 rows, padded to 192: the first rank has 96 of the base, the second the last
+    # of it and all that are added.
+    many, few = grow(pack, "a", 90, tmp_path / "many"), grow(pack, "b", 2, tmp_path / "few")
+    engine = start_engine(
+        pack.base,
+        load_format="dare",
+        model_loader_extra_config={"spare_rows": 90},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        enable_lora=True,
+        max_loras=3,
+    )
+    prompts = [[1, 97, 186, 130, 5], [1, 5, 97, 98, 33], [1, 5, 9, 96]]
+    answers = engine.greedy(
+        prompts, lora_request=[request_for(many), request_for(few), None], tokens=12
+    )
+    models = [merged_grown(pack, [(many, 1.0)]), merged_grown(pack, [(few, 1.0)])]
+    for answer, prompt, model in zip(
+        answers, prompts, [*models, pack.live(torch.float32)], strict=True
+    ):
+        assert_says_the_same([answer], model, [prompt])

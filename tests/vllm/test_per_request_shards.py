@@ -122,6 +122,34 @@ def test_an_embeddings_rows_are_the_weight_loaders(degree: int) -> None:
         assert not layer.weight.data[len(piece) :].any()
 
 
+@pytest.mark.parametrize("spare", [1, 5, 40, 300])
+def test_base_and_added_rows_lie_where_those_of_a_grown_checkpoint_do(
+    spare: int, degree: int
+) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    import dare_vllm
+    from dare_vllm.at_load.spare_rows import keep_rows_free
+    from dare_vllm.per_request.shards import embedding_shards, held_spare_rows
+
+    dare_vllm.register()
+    whole = torch.randn(97 + spare, HIDDEN, generator=torch.Generator().manual_seed(spare))
+    for kind in (VocabParallelEmbedding, ParallelLMHead):
+        expected, layer = kind(97 + spare, HIDDEN), kind(97 + spare, HIDDEN)
+        load(expected.weight, whole, None)
+        keep_rows_free(layer, 97 + spare, spare)
+        load(layer.weight, whole[:97], None)
+        (own,) = embedding_shards(layer, "weight")
+        assert own.shape == (97, HIDDEN)
+        assert torch.equal(layer.weight.data[: own.rows[1] - own.rows[0]], whole[slice(*own.rows)])
+        first, last, start = held_spare_rows(layer)
+        layer.weight.data[start : start + last - first] += whole[97:][first:last]
+        assert torch.equal(layer.weight.data, expected.weight.data)
+
+
 @pytest.mark.parametrize("kind", ["column", "row"])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_what_the_ranks_add_is_what_one_adds(kind: str, size: int) -> None:

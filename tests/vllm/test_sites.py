@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_adapters.kernels import PackedDelta
-from dare_vllm.per_request.sites import Change, LinearSite, Vectors
+from dare_vllm.at_load.logit_mask import LogitMask
+from dare_vllm.per_request.added_rows import AddedRows
+from dare_vllm.per_request.sites import ADDED_BIAS, ADDED_WEIGHT, Change, LinearSite, Vectors
 from dare_vllm.per_request.slots import RowSlots, rows_of
 from tests.conftest import raw_bytes
 from tests.kernels.deltas import bernoulli, deltas
@@ -134,3 +136,85 @@ def test_a_vector_is_no_matrix() -> None:
     site = site_of([0])
     with pytest.raises(TypeError, match="packed"):
         site.fill(0, "weight", 0, [Change(torch.ones(3))])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_added_rows_are_each_slots_own_and_other_rows_keep_every_bit(data: st.DataObject) -> None:
+    first, slots = 4, data.draw(st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    rows = RowSlots(Tables(), SLOTS)
+    added = AddedRows(rows, first)
+    own: list[torch.Tensor] = []
+    for slot in range(SLOTS):
+        parts = [
+            torch.randn(data.draw(st.integers(0, HIGH - first)), WIDE, generator=generator)
+            for _ in range(data.draw(st.integers(0, 3)))
+        ]
+        if parts:
+            added.fill(slot, parts)
+        own.append(torch.zeros(0, WIDE))  # the first's, and of others what is beyond
+        for part in parts:
+            own[-1] = torch.cat([own[-1], part[len(own[-1]) :]])
+    ids = torch.tensor([data.draw(st.integers(0, HIGH - 1)) for _ in slots])
+    at = torch.tensor(slots)
+    before = torch.randn(len(slots), WIDE, generator=generator)
+    found = before.clone()
+    added.look_up(found, ids, at)
+    x = torch.randn(len(slots), WIDE, generator=generator)
+    logits = torch.randn(len(slots), HIGH, generator=generator)
+    made = logits.clone()
+    added.multiply(made, x, at)
+    for row, slot in enumerate(slots):
+        have = own[slot] if slot >= 0 else torch.zeros(0, WIDE)
+        place = int(ids[row]) - first
+        expected = have[place] if 0 <= place < len(have) else before[row]
+        assert raw_bytes(found[row]) == raw_bytes(expected)
+        last = first + len(have)
+        torch.testing.assert_close(made[row, first:last], have @ x[row], rtol=1e-4, atol=1e-4)
+        for columns in (slice(first), slice(last, None)):
+            assert raw_bytes(made[row, columns]) == raw_bytes(logits[row, columns])
+    for slot in range(SLOTS):
+        added.clear(slot)
+    assert not added.used
+
+
+def test_the_bias_of_added_rows_is_added_and_goes_with_them() -> None:
+    rows = RowSlots(Tables(), SLOTS)
+    site = LinearSite("head", rows, bias_width=HIGH, added=AddedRows(rows, 7))
+    rows._tokens[:2] = torch.tensor([1, -1])
+    values, bias = torch.ones(2, WIDE), torch.tensor([0.5, -1.0])
+    # Of a mix the first adapter's rows count, whatever its weight.
+    site.fill(1, ADDED_WEIGHT, 7, [Change(values, 0.25), Change(-values[:1], 2.0)])
+    site.fill(1, ADDED_BIAS, 7, [Change(bias, 0.25)])
+    before, x = torch.zeros(2, HIGH), torch.ones(2, WIDE)
+    found = site.add(before.clone(), x)
+    assert found[0].tolist() == [0] * 7 + [WIDE + 0.5, WIDE - 1, 0]
+    assert not found[1].any()
+    site.clear(1)
+    assert not site.used
+
+
+def test_logits_of_tokens_that_a_row_does_not_have_are_masked() -> None:
+    class Model:
+        def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.arange(6.0).repeat(len(hidden), 1)
+
+    model, mask, tables = Model(), LogitMask(3, 6), Tables()
+    mask.wrap(model)
+    hidden = torch.zeros(4, 8)
+    known = [0.0, 1, 2]
+    never = -torch.inf
+    assert model.compute_logits(hidden).tolist() == [[*known, *[never] * 3]] * 4
+    mask.attach(RowSlots(tables, SLOTS))
+    tables._sampler_indices[:4] = torch.tensor([-1, 2, 0, 1])
+    mask.fill(2, 2)
+    mask.fill(1, 3)
+    assert model.compute_logits(hidden).tolist() == [
+        [*known, never, never, never],
+        [*known, 3, 4, never],
+        [*known, never, never, never],
+        [*known, 3, 4, 5],
+    ]
+    mask.clear(2)
+    assert model.compute_logits(hidden)[1].tolist() == [*known, *[never] * 3]

@@ -3,6 +3,7 @@
 from dare_vllm.versions import Hook
 
 _MODULE = "vllm.model_executor.model_loader"
+_VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"
 
 HOOKS = (
     Hook(f"{_MODULE}:register_model_loader", ("load_format",)),
@@ -26,6 +27,10 @@ HOOKS = (
             "allow_patterns_overrides",
         ),
     ),
+    # Replaced: vocabularies with rows that no checkpoint fills.
+    Hook("vllm.engine.arg_utils:EngineArgs.create_model_config", ("self",)),
+    Hook(f"{_VOCABULARY}.weight_loader", ("self", "param", "loaded_weight")),
+    Hook("vllm.config.model:ModelConfig.get_model_arch_config", ("self",)),
     Hook(
         f"{_MODULE}.ep_weight_filter:should_skip_weight",
         ("weight_name", "local_expert_ids"),

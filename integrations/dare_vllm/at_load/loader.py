@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from dare_adapters.checkpoint import Checkpoint
 from dare_adapters.errors import ArchitectureMismatchError, UnsupportedParameterError
+from dare_vllm.at_load.logit_mask import LogitMask
+from dare_vllm.at_load.spare_rows import SPARE_ROWS, keep_rows_free, parse_spare_rows
 from dare_vllm.merged_weights import MergedWeights
 from dare_vllm.mixture import Mixture
 
@@ -29,12 +31,13 @@ PLAIN_WEIGHTS = "plain_weights"
 class DareModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Streams the base and adds the adapters of `model_loader_extra_config`.
 
-    The fields are those of :class:`dare_vllm.mixture.Mixture`, `plain_weights`, and vLLM's own for
-    this loader. Fusing, slicing for tensor parallel ranks, casting to the engine's dtype and
-    quantising come after, as for any checkpoint; each rank computes whole parameters.
+    The fields are those of :class:`dare_vllm.mixture.Mixture`, `plain_weights`, `spare_rows`, and
+    vLLM's own for this loader. Fusing, slicing for tensor parallel ranks, casting to the engine's
+    dtype and quantising come after, as for any checkpoint; each rank computes whole parameters.
 
     Attributes:
         mixture: what is added.
+        spare_rows: vocabulary rows of the model that neither base nor mixture fills.
 
     Raises:
         CombinationError: a field is out of range.
@@ -43,6 +46,8 @@ class DareModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: LoadConfig) -> None:
         extra = dict(load_config.model_loader_extra_config or {})
         self.plain_weights = bool(extra.pop(PLAIN_WEIGHTS, False))
+        self.spare_rows = parse_spare_rows(extra)
+        extra.pop(SPARE_ROWS, None)
         self.mixture, rest = Mixture.split(extra)
         plain = dataclasses.replace(load_config, load_format="hf", model_loader_extra_config=rest)
         super().__init__(plain)
@@ -53,9 +58,21 @@ class DareModelLoader(DefaultModelLoader):  # type: ignore[misc]
             for module in model.modules():
                 # CPU linears are packed after loading unless they say this.
                 module._cpu_skip_gemm_dispatch = True  # type: ignore[assignment]
+        if self.spare_rows and model_config.runner_type != "draft":
+            self._keep_rows_free(model, model_config)
         super().load_weights(model, model_config)
         # vLLM would now tie a head that equals the embedding; the next mixture may move them apart.
         model_config.word_embeddings_untied_by_checkpoint = False
+
+    def _keep_rows_free(self, model: nn.Module, model_config: ModelConfig) -> None:
+        total = model_config.get_vocab_size()
+        if get_current_vllm_config().parallel_config.enable_batch_sharded_sampling:
+            raise UnsupportedParameterError(
+                f"{SPARE_ROWS} and sampling of parts of a batch on each rank do not go together: "
+                "drop --enable-batch-sharded-sampling"
+            )
+        keep_rows_free(model, total, self.spare_rows)
+        LogitMask(total - self.spare_rows, total).wrap(model)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -116,14 +133,13 @@ class DareModelLoader(DefaultModelLoader):  # type: ignore[misc]
         merged = MergedWeights(
             base, self.mixture.open(), check_base=self.mixture.check_base, untied=not tied
         )
-        _check_vocabulary(merged, model_config)
+        _check_vocabulary(merged, model_config.get_vocab_size() - self.spare_rows)
         if tied:
             _check_no_head(merged)
         return merged
 
 
-def _check_vocabulary(merged: MergedWeights, model_config: ModelConfig) -> None:
-    built = model_config.get_vocab_size()
+def _check_vocabulary(merged: MergedWeights, built: int) -> None:
     for name, added in merged.added_rows().items():
         rows = merged.base.info[name].shape[0] + added
         if rows != built:

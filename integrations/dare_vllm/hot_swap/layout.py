@@ -71,7 +71,7 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         UnsupportedParameterError: the loader does not copy it entry by entry.
         BaseMismatchError: the model has other values.
     """
-    before = {own: weight.data_ptr() for own, weight in model.named_parameters()}
+    before = [(module, dict(module._parameters)) for module in model.modules()]
     with _comparing() as compared:
         try:
             loaded = model.load_weights([(name, tensor)])  # type: ignore[operator]
@@ -80,9 +80,10 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
                 f"{name} is stored otherwise in the running model than in the checkpoint "
                 f"({error}); {_ADVICE}"
             ) from error
-    after = {own: weight.data_ptr() for own, weight in model.named_parameters()}
+        finally:
+            replaced = _put_back(before)
     here = loaded is None or bool(set(loaded))
-    if before != after or (here and not compared):
+    if replaced or (here and not compared):
         raise UnsupportedParameterError(
             f"{name} is loaded in a way of its own, not by copying; {_ADVICE}"
         )
@@ -92,6 +93,18 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
             f"the running model differs from base and mixture in {wrong} entries of {name}: it is "
             f"stored otherwise than in the checkpoint, or was changed by other means; {_ADVICE}"
         )
+
+
+def _put_back(before: list[tuple[nn.Module, dict[str, torch.Tensor | None]]]) -> bool:
+    """Undo what a loader made anew instead of copying into it; whether there was any."""
+    replaced = False
+    for module, parameters in before:
+        now = module._parameters
+        if now.keys() != parameters.keys() or any(now[n] is not parameters[n] for n in now):
+            replaced = True
+            now.clear()
+            now.update(parameters)  # type: ignore[arg-type]
+    return replaced
 
 
 def pack_again(model: nn.Module, *, reloaded: bool) -> None:

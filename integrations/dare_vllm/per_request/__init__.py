@@ -22,11 +22,13 @@ def install() -> None:
     from dare_vllm.per_request.frontend import hook_frontend
     from dare_vllm.per_request.residency import export_metrics
     from dare_vllm.per_request.resolver import register_resolver
+    from dare_vllm.per_request.token_check import hook_token_check
     from dare_vllm.per_request.worker import hook_worker
 
     hook_worker()
     hook_cpu_lora()
     hook_frontend()
+    hook_token_check()
     register_resolver()
     export_metrics()
     _installed = True

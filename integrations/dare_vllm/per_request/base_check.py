@@ -2,19 +2,24 @@
 
 vLLM packs weights for its kernels (oneDNN leaves nothing of `layer.weight` on a CPU). So a layer
 is asked for single entries the way the model asks it: the product of a unit vector is a column.
-That also proves, value by value, that a parameter is where changes of it will be added.
+That also proves, value by value, that a parameter is where changes of it will be added. Where a
+mixture is in the weights, the witness is compared with the base's checkpoint on disk, and the
+weights with what base and mixture make at its positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dare_adapters.errors import BaseMismatchError
+from dare_adapters.export import check_base_checkpoint
 from dare_adapters.source import DeltaSource
 from dare_adapters.witness import decode_witness, matches
+from dare_vllm.merged_weights import MergedWeights
 from dare_vllm.per_request.experts_site import ExpertsSite, expert_entries
 from dare_vllm.per_request.model_sites import ModelSites, NoPlaceError, Place
 from dare_vllm.per_request.refusal import listed
@@ -23,21 +28,27 @@ from dare_vllm.per_request.sites import EmbeddingSite, LinearSite
 __all__ = ["check_base"]
 
 
-def check_base(source: DeltaSource, sites: ModelSites, known: dict[str, str]) -> None:
+def check_base(
+    source: DeltaSource,
+    sites: ModelSites,
+    known: dict[str, str],
+    mixture: Callable[[], MergedWeights | None] = lambda: None,
+) -> None:
     """Compare the witness of an adapter with the live weights of this rank.
 
-    Weights that vLLM holds quantised are not compared; the others of such a model are. Weights
-    that were swapped for a mixture since another adapter was compared with them are no longer the
-    base's: then the witness must be the one that was compared before.
+    Weights that vLLM holds quantised are not compared; the others of such a model are.
 
     Args:
         source: an adapter.
         sites: of the model.
-        known: witnesses that were those of the live weights, by name; gains these.
+        known: witnesses that were found to be those of the served base, by name; gains these.
+        mixture: opens what the live weights are where a mixture is in them; None: they are the
+            base's.
 
     Raises:
         BaseMismatchError: parameters that differ, by name, or one that an adapter changes and of
             which it has no witness.
+        CheckpointError: a mixture is active, and its base's checkpoint is gone.
     """
     unknown = [name for name in source if name not in source.witness and not source.is_new(name)]
     if unknown:
@@ -47,18 +58,31 @@ def check_base(source: DeltaSource, sites: ModelSites, known: dict[str, str]) ->
         )
     if source.witness.items() <= known.items():
         return
+    merged = mixture()
+    if merged is not None:
+        check_base_checkpoint(merged.base, source, allow_cast=True)
     wrong: list[tuple[float, str]] = []
     for name, text in source.witness.items():
         try:
             places = sites.places(name)
         except NoPlaceError:
             continue  # refused elsewhere if it is changed
-        off = _distance(name, text, places)
+        positions, expected = decode_witness(name, text)
+        if merged is not None:
+            if not merged.keeps(name):
+                continue  # the mixture has another in its place
+            expected = merged.sample(name, positions)
+        off = _distance(positions, expected, int(text.split(":")[1]), places)
         if off:
             wrong.append((off, name))
     if wrong:
         wrong.sort(reverse=True)
         names = listed([f"{name} (off by {off:.2g})" for off, name in wrong])
+        if merged is not None:
+            raise BaseMismatchError(
+                f"the served model is not what {merged.base.path} and the mixture in it make: "
+                f"{names}; {source.label} cannot be added to it"
+            )
         raise BaseMismatchError(
             f"the served model is not the base of {source.label}: {len(wrong)} of "
             f"{len(source.witness)} sampled parameters differ, most of all {names}; it was "
@@ -69,10 +93,10 @@ def check_base(source: DeltaSource, sites: ModelSites, known: dict[str, str]) ->
     known.update(source.witness)
 
 
-def _distance(name: str, text: str, places: list[Place]) -> float:
-    """The largest difference at the witness's positions; 0: all are equal or not held here."""
-    positions, expected = decode_witness(name, text)
-    numel = int(text.split(":")[1])
+def _distance(
+    positions: torch.Tensor, expected: torch.Tensor, numel: int, places: list[Place]
+) -> float:
+    """The largest difference at some positions; 0: all are equal or not held here."""
     largest = 0.0
     for place in places[:1] if _same_tensor(places) else places:
         shape = place.shard.shape
@@ -104,6 +128,8 @@ def _live(place: Place, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor
         tensor = layer.bias if place.part == "bias" else layer.weight
         return _detached(tensor.detach().view(-1)[(row + place.shard.start).to(tensor.device)])
     method = place.site.method
+    if method is None:  # a table that is no vocabulary
+        return _detached(layer.weight[row.to(layer.weight.device), column.to(layer.weight.device)])
     if not _is_plain(method):
         return None
     device = _device(layer)

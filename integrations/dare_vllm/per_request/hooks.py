@@ -45,6 +45,14 @@ HOOKS = (
     Hook(f"{_MODELS}.load_lora_adapter", ("self", "request", "base_model_name")),
     Hook(f"{_MODELS}.resolve_lora", ("self", "lora_name")),
     Hook("vllm.v1.engine.llm_engine:LLMEngine.add_lora", ("self", "lora_request")),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        (
+            *("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"),
+            *("lora_request", "tokenization_kwargs", "trace_headers", "priority"),
+            *("data_parallel_rank", "resumable", "session_id", "kv_hints"),
+        ),
+    ),
     # Called, or read.
     Hook(
         "vllm.lora.lora_model:LoRAModel.__init__",
@@ -72,6 +80,11 @@ HOOKS = (
             *("self", "x", "topk_weights", "topk_ids"),
             *("shared_experts", "shared_experts_input"),
         ),
+    ),
+    Hook("vllm.model_executor.models.transformers.base:Base"),
+    Hook(
+        "vllm.model_executor.models.opt:OPTLearnedPositionalEmbedding.forward",
+        ("self", "positions"),
     ),
     Hook(f"{_LAYERS}.layernorm:RMSNorm.forward_native", ("self", "x", "residual")),
     Hook(f"{_LAYERS}.layernorm:GemmaRMSNorm.forward_native", ("self", "x", "residual")),

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dare_adapters.config import CONFIG_NAME
 from dare_adapters.errors import AdapterFormatError, DareError
 from dare_adapters.open_source import open_source
 from dare_adapters.source import DeltaSource
+from dare_vllm.merged_weights import MergedWeights
 from dare_vllm.per_request.base_check import check_base
 from dare_vllm.per_request.model_sites import ModelSites
 from dare_vllm.per_request.packed_adapter import PackedAdapter, Term, pack_adapter
@@ -104,10 +105,16 @@ class Loader:
     Args:
         sites: of the model.
         obstacles: why the engine can serve no adapter at all; empty: it can.
+        mixture: see :func:`dare_vllm.per_request.base_check.check_base`.
     """
 
-    def __init__(self, sites: ModelSites, obstacles: str = "") -> None:
-        self.sites, self.obstacles = sites, obstacles
+    def __init__(
+        self,
+        sites: ModelSites,
+        obstacles: str = "",
+        mixture: Callable[[], MergedWeights | None] = lambda: None,
+    ) -> None:
+        self.sites, self.obstacles, self.mixture = sites, obstacles, mixture
         self._opened: OrderedDict[int, list[_Opened]] = OrderedDict()
         self._witnesses: dict[str, str] = {}
         self._sources: WeakValueDictionary[tuple[object, ...], _Source] = WeakValueDictionary()
@@ -162,7 +169,7 @@ class Loader:
         known = self._sources.get(stamp)
         if known is None:
             source = open_source(directory)
-            check_base(source, self.sites, self._witnesses)
+            check_base(source, self.sites, self._witnesses, self.mixture)
             key = hashlib.sha256(config.read_bytes() + source.identity.encode()).hexdigest()
             known = self._sources[stamp] = _Source(source, key)
         return _Opened(known, weight)

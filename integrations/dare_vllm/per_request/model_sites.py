@@ -6,14 +6,17 @@ what is fused. Whatever has no site is refused by name, so that no part of a fin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dare_vllm.at_load.logit_mask import LogitMask, mask_of
+from dare_vllm.per_request.added_rows import AddedRows
 from dare_vllm.per_request.experts_site import ExpertsSite, expert_shard, is_plain_experts
-from dare_vllm.per_request.shards import Shard, embedding_shards, linear_shards
+from dare_vllm.per_request.shards import Shard, embedding_shards, held_spare_rows, linear_shards
 from dare_vllm.per_request.sites import EmbeddingSite, LinearSite, NormSite, Site
 from dare_vllm.per_request.slots import RowSlots
 
@@ -50,6 +53,9 @@ class ModelSites:
         rows: where slots are told.
         has_rows: whether the rows of a layer, by its name, are tokens of the step; those of an
             image's tower are not.
+
+    Attributes:
+        mask: of the logits, where the engine spares rows for tokens of adapters.
     """
 
     def __init__(
@@ -67,10 +73,18 @@ class ModelSites:
         self._elsewhere: list[str] = []  # layers of other pipeline stages
         self._sites: dict[tuple[int, type[Site]], Site] = {}
         self._kinds: dict[int, str] = {}
+        # transformers' own models, which vLLM runs with a batch of one around each step's rows.
+        self._batched = any(own.__module__.startswith(_TRANSFORMERS) for own in type(model).__mro__)
         for name, module in list(model.named_modules(remove_duplicate=False)):
             self._take(name, module, has_rows)
+        self.mask: LogitMask | None = mask_of(model)
+        if self.mask is not None:
+            self.mask.attach(rows)
         config = model.config.get_text_config()
         self._tied = bool(getattr(config, "tie_word_embeddings", False))
+        pools = bool(getattr(model, "is_pooling_model", False))
+        self._has_logits = hasattr(model, "compute_logits") and not pools
+        self._take_embedding_as_head()
 
     def sites(self) -> Iterable[Site]:
         """All of them."""
@@ -80,6 +94,20 @@ class ModelSites:
         """Make rows of a slot the base's again."""
         for site in self._sites.values():
             site.clear(slot)
+        if self.mask is not None:
+            self.mask.clear(slot)
+
+    @property
+    def spare_rows(self) -> int:
+        """How many tokens the base does not have, and adapters may."""
+        return 0 if self.mask is None else self.mask.total - self.mask.own
+
+    def vocabularies(self) -> list[Site]:
+        """The embedding and the head: what an adapter that adds tokens must give rows to."""
+        found = (
+            site for site in self._sites.values() if isinstance(site, (EmbeddingSite, LinearSite))
+        )
+        return [site for site in found if site.added is not None]
 
     @property
     def replaces_experts(self) -> bool:
@@ -110,6 +138,10 @@ class ModelSites:
         found = list(self._places_in(layer, part, number))
         for other in self._tied_to(layer) if part == "weight" else ():
             found += self._places_in(other, part, None)
+        if self._tied and self._has_logits and self._kind(layer) == "embedding":
+            heads = any(isinstance(place.site, LinearSite) for place in found)
+            if not heads and not self._elsewhere:
+                raise NoPlaceError("a head is tied to it, and vLLM's model has none of its layers")
         return found
 
     def _tied_to(self, layer: Any) -> list[Any]:
@@ -138,6 +170,10 @@ class ModelSites:
             width = int(layer.weight.numel())
             shard = Shard((width,), (0, width), (0, 1), 0)
             yield Place(self._sites[id(layer), NormSite], layer, part, shard)
+        elif kind == "positions":
+            rows, columns = (int(size) for size in layer.weight.shape)
+            shard = Shard((rows, columns), (0, rows), (0, columns), 0)
+            yield Place(self._sites[id(layer), EmbeddingSite], layer, part, shard)
         elif kind in _VOCABULARY:
             for site_type in (EmbeddingSite, LinearSite):
                 site = self._sites.get((id(layer), site_type))
@@ -202,8 +238,12 @@ class ModelSites:
         if kind is None:
             return
         self._kinds[id(module)] = kind
-        if kind == "embedding":
-            embedding = EmbeddingSite(name, self.rows)
+        if kind == "positions":
+            positions = EmbeddingSite(name, self.rows)
+            positions.wrap_positions(module)
+            self._sites[id(module), EmbeddingSite] = positions
+        elif kind == "embedding":
+            embedding = EmbeddingSite(name, self.rows, self._added_rows(module))
             embedding.wrap(module)
             self._sites[id(module), EmbeddingSite] = embedding
             if module is getattr(self.model, "lm_head", None):
@@ -222,23 +262,41 @@ class ModelSites:
     def _take_linear(self, name: str, layer: Any, *, of_samples: bool) -> None:
         bias = getattr(layer, "bias", None)
         width = 0 if bias is None else int(bias.numel())
-        site = LinearSite(name, self.rows, bias_width=width, of_samples=of_samples)
+        added = self._added_rows(layer) if of_samples else None
+        site = LinearSite(name, self.rows, bias_width=width, of_samples=of_samples, added=added)
         if self._kinds[id(layer)].endswith("+"):
             site.wrap_forward(layer)
         else:
             site.wrap(layer)
         self._sites[id(layer), LinearSite] = site
 
+    def _take_embedding_as_head(self) -> None:
+        """Some models ask their embedding for logits, and have no head that is tied to it."""
+        heads = any(kind == "head" for kind in self._kinds.values())
+        vocabularies = {
+            id(layer): (name, layer)
+            for name, layer in self._layers.items()
+            if self._kind(layer) == "embedding"
+        }
+        if self._tied and self._has_logits and not heads and len(vocabularies) == 1:
+            name, layer = next(iter(vocabularies.values()))
+            if (id(layer), LinearSite) not in self._sites:
+                self._take_linear(name, layer, of_samples=True)
+
+    def _added_rows(self, layer: Any) -> AddedRows:
+        return AddedRows(self.rows, held_spare_rows(layer)[2])
+
     def _take_norm(self, name: str, layer: Any, kind: str) -> None:
         bias = getattr(layer, "bias", None)
         widths = int(layer.weight.numel()), 0 if bias is None else int(bias.numel())
         one, centred = float(kind == "gemma_rms_norm"), kind == "layer_norm"
-        site = NormSite(name, self.rows, widths, one=one, centred=centred)
+        site = NormSite(name, self.rows, widths, one=one, centred=centred, batched=self._batched)
         site.wrap(layer)
         self._sites[id(layer), NormSite] = site
 
 
 _VOCABULARY = ("embedding", "head")
+_TRANSFORMERS = "vllm.model_executor.models.transformers"
 
 
 def _kind_of(module: Any) -> str | None:
@@ -253,6 +311,9 @@ def _kind_of(module: Any) -> str | None:
         return _vocabulary_kind(module)
     if isinstance(module, RoutedExperts):
         return "experts" if is_plain_experts(module) else None
+    opt = sys.modules.get("vllm.model_executor.models.opt")
+    if opt is not None and isinstance(module, opt.OPTLearnedPositionalEmbedding):
+        return "positions"
     weight = getattr(module, "weight", None)
     return _norm_kind(module) if weight is not None and weight.dim() == 1 else None
 
@@ -307,7 +368,9 @@ def _norm_kind(module: Any) -> str | None:
         ("layer_norm", torch.nn.LayerNorm, "forward"),
     ):
         if isinstance(module, base) and getattr(module, "has_weight", True):
-            return kind if _inherits(module, base, forward) else None
+            # One that overrides what calls that function may gather ranks' parts first.
+            whole = _inherits(module, base, "forward") or getattr(module, "tp_size", 0) == 1
+            return kind if whole and _inherits(module, base, forward) else None
     return None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,9 +12,12 @@ from dare_adapters.delta import Delta, NewParameter
 from dare_adapters.errors import DareError
 from dare_adapters.kernels import PackedDelta
 from dare_adapters.source import DeltaSource
+from dare_vllm.at_load.spare_rows import SPARE_ROWS
+from dare_vllm.mixture import LOAD_FORMAT
 from dare_vllm.per_request.model_sites import ModelSites, NoPlaceError, Place
 from dare_vllm.per_request.refusal import listed
-from dare_vllm.per_request.sites import Change, Site
+from dare_vllm.per_request.shards import held_spare_rows
+from dare_vllm.per_request.sites import ADDED_BIAS, ADDED_WEIGHT, Change, Site
 
 __all__ = ["PackedAdapter", "Term", "bytes_of", "fill_slot", "pack_adapter"]
 
@@ -26,11 +30,13 @@ class PackedAdapter:
         label: what messages call it.
         changes: (place, what changes there).
         nbytes: of all changes, those in two places counted once.
+        added_rows: how many tokens it has that the base does not.
     """
 
     label: str
     changes: Sequence[tuple[Place, PackedDelta | torch.Tensor]]
     nbytes: int
+    added_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,10 @@ def pack_adapter(
         planned.append((name, places))
     changes: list[tuple[Place, PackedDelta | torch.Tensor]] = []
     nbytes = 0
+    added: dict[str, int] = {}  # vocabulary rows that the base does not have, by parameter
     for name, places in planned:
         delta = source[name]
-        reason = _unserved(delta, places)
+        reason = _unserved(delta, places, sites.spare_rows)
         if reason is not None:
             problems.add(reason, name)
         if problems.found:
@@ -101,34 +108,89 @@ def pack_adapter(
         packed, size = _pack(delta, places)
         changes += packed
         nbytes += size
+        if delta.added_rows is not None:
+            more, size = _pack_added(delta.added_rows, places)
+            changes += more
+            nbytes += size
+            added[name] = len(delta.added_rows)
         tick()
+    count = max(added.values(), default=0)
+    if count:
+        _check_whole_tokens(planned, added, count, sites, problems)
     if problems.found:
         raise UnservedError(problems.text())
-    return PackedAdapter(source.label, changes, nbytes)
+    return PackedAdapter(source.label, changes, nbytes, count)
 
 
 def _is_called(places: Sequence[Place]) -> bool:
-    """Whether the model calls every layer of a parameter, or one of those that share its tensor."""
+    """Whether the model calls every layer of a parameter.
+
+    Of layers that share its tensor one of each kind is enough: an embedding, and a head.
+    """
     parts: dict[object, list[bool]] = {}
     for place in places:
-        parts.setdefault((place.part, place.shard), []).append(place.site.ran)
+        parts.setdefault((place.part, place.shard, type(place.site)), []).append(place.site.ran)
     return all(any(ran) for ran in parts.values())
 
 
-def _unserved(delta: Delta | NewParameter, places: Sequence[Place]) -> str | None:
+def _unserved(delta: Delta | NewParameter, places: Sequence[Place], spare_rows: int) -> str | None:
     if isinstance(delta, NewParameter):
         return "new parameters, such as task heads, cannot differ by request"
-    if delta.added_rows is not None and len(delta.added_rows):
+    added = 0 if delta.added_rows is None else len(delta.added_rows)
+    if added > spare_rows:
+        room = f"{spare_rows} to spare" if spare_rows else "none to spare"
         return (
-            f"its vocabulary has {len(delta.added_rows)} rows more than the base's; all requests "
-            "share the base's vocabulary"
+            f"its vocabulary has {added} rows more than the base's, and the engine has {room}: "
+            f"start it with --load-format {LOAD_FORMAT} --model-loader-extra-config "
+            f"'{json.dumps({SPARE_ROWS: added})}'"
         )
     for place in places:
         if tuple(delta.shape) != place.shard.shape:
             return (
                 f"changes a shape of {list(delta.shape)}, the model's is {list(place.shard.shape)}"
             )
+        if added and getattr(place.site, "added", None) is None:
+            return f"has {added} rows more than the base's, and is no vocabulary"
     return None
+
+
+def _check_whole_tokens(
+    planned: Sequence[tuple[str, list[Place]]],
+    added: dict[str, int],
+    count: int,
+    sites: ModelSites,
+    problems: _Problems,
+) -> None:
+    """Tokens need an embedding and a logit, of this rank's embedding and head as many as there."""
+    given = {
+        place.site.name: added.get(name, 0)
+        for name, places in planned
+        for place in places
+        if place.part == "weight"
+    }
+    lacking = [site.name for site in sites.vocabularies() if given.get(site.name, 0) != count]
+    lacking += [name for name, rows in added.items() if rows != count]
+    for name in dict.fromkeys(lacking):
+        problems.add(
+            f"it does not get the {count} vocabulary rows that another part of the adapter has "
+            "beyond the base's; a token needs both an embedding and a logit",
+            name,
+        )
+
+
+def _pack_added(
+    added: torch.Tensor, places: Sequence[Place]
+) -> tuple[list[tuple[Place, torch.Tensor]], int]:
+    """The rows that this rank holds, for each of their places; they share their memory."""
+    found: list[tuple[Place, torch.Tensor]] = []
+    held: dict[tuple[int, int], torch.Tensor] = {}
+    for place in places:
+        first, last, start = held_spare_rows(place.layer)
+        rows = held.setdefault((first, last), added[first:last].clone())
+        part = ADDED_BIAS if place.part == "bias" else ADDED_WEIGHT
+        shard = replace(place.shard, rows=(first, last), start=start)
+        found.append((replace(place, part=part, shard=shard), rows))
+    return found, sum(rows.nbytes for rows in held.values())
 
 
 def _pack(
@@ -167,6 +229,8 @@ def fill_slot(slot: int, terms: Sequence[Term], sites: ModelSites) -> None:
             changes.append(Change(delta if same else delta.to(device), term.weight))
     for (_, part, start), (site, changes) in gathered.items():
         site.fill(slot, part, start, changes)
+    if sites.mask is not None:
+        sites.mask.fill(slot, max(term.adapter.added_rows for term in terms))
 
 
 def bytes_of(adapters: Iterable[PackedAdapter]) -> int:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Shard", "embedding_shards", "linear_shards"]
+from dare_vllm.at_load.spare_rows import spare_rows_of
+
+__all__ = ["Shard", "embedding_shards", "held_spare_rows", "linear_shards"]
 
 QKV = ("q", "k", "v")
 
@@ -63,13 +65,36 @@ def linear_shards(layer: Any, kind: str, part: int | None, of: str) -> list[Shar
 
 
 def embedding_shards(layer: Any, of: str) -> list[Shard]:
-    """Where a parameter of an embedding or of the head is; see :func:`linear_shards`."""
-    own, rows = layer.shard_indices, int(layer.org_vocab_size)
-    held = int(own.org_vocab_start_index), int(own.org_vocab_end_index)
+    """Where a parameter of an embedding or of the head is; see :func:`linear_shards`.
+
+    The base's rows alone: the layer's may be more, see :func:`held_spare_rows`.
+    """
+    rows, own = _own_rows(layer), layer.shard_indices
+    held = (
+        min(int(own.org_vocab_start_index), rows),
+        min(int(own.org_vocab_end_index), rows),
+    )
     if of == "bias":
         return [Shard((rows,), held, (0, 1), 0)]
     columns = int(layer.embedding_dim)
     return [Shard((rows, columns), held, (0, columns), 0)]
+
+
+def held_spare_rows(layer: Any) -> tuple[int, int, int]:
+    """Which of the rows that an engine spares are held here.
+
+    Returns:
+        The first and one past the last of them, counted from the first spare row of all, and the
+        layer's row where they begin.
+    """
+    rows, own = _own_rows(layer), layer.shard_indices
+    start, stop = int(own.org_vocab_start_index), int(own.org_vocab_end_index)
+    first = max(start, rows)
+    return first - rows, max(stop, first) - rows, first - start
+
+
+def _own_rows(layer: Any) -> int:
+    return int(layer.org_vocab_size) - spare_rows_of(layer)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,23 @@ from typing import Any
 import torch
 
 from dare_adapters.kernels import PackedDelta, sparse_delta_linear
+from dare_vllm.per_request.added_rows import AddedRows
 from dare_vllm.per_request.slots import RowSlots
 
-__all__ = ["Change", "EmbeddingSite", "LinearSite", "NormSite", "Products", "Site", "Vectors"]
+__all__ = [
+    "ADDED_BIAS",
+    "ADDED_WEIGHT",
+    "Change",
+    "EmbeddingSite",
+    "LinearSite",
+    "NormSite",
+    "Products",
+    "Site",
+    "Vectors",
+]
+
+# Parts of a vocabulary that the base does not have.
+ADDED_WEIGHT, ADDED_BIAS = "added weight", "added bias"
 
 
 @dataclass(frozen=True)
@@ -52,9 +66,11 @@ class Site(ABC):
 
         Args:
             slot: from 0.
-            part: "weight" or "bias"; of experts, "3.w1".
+            part: "weight" or "bias"; of experts, "3.w1"; "added weight" and "added bias" are whole
+                rows of a vocabulary.
             start: the layer's first row that changes: fused layers hold several parameters.
-            changes: of one shape, which are added up.
+            changes: of one shape, which are added up; added rows are the first's, and of the
+                others what is beyond.
         """
 
     @abstractmethod
@@ -73,13 +89,21 @@ class LinearSite(Site):
         rows: where slots are told.
         bias_width: N of its bias, 0: it has none.
         of_samples: whether its rows are those that are sampled from: the head's are.
+        added: of a head, the rows that adapters bring.
     """
 
     def __init__(
-        self, name: str, rows: RowSlots, *, bias_width: int = 0, of_samples: bool = False
+        self,
+        name: str,
+        rows: RowSlots,
+        *,
+        bias_width: int = 0,
+        of_samples: bool = False,
+        added: AddedRows | None = None,
     ) -> None:
         super().__init__(name, rows)
         self.of_samples = of_samples
+        self.added = added
         self.method: Any = None  # the layer's own, once it is wrapped
         self.products: dict[int, Products] = {}
         self.bias = Vectors(rows, bias_width)
@@ -110,6 +134,8 @@ class LinearSite(Site):
         layer.forward = forward
 
     def fill(self, slot: int, part: str, start: int, changes: Sequence[Change]) -> None:
+        if _fill_added(self.added, slot, part, changes):
+            return
         if part == "bias":
             self.bias.fill(slot, start, changes)
             return
@@ -119,6 +145,8 @@ class LinearSite(Site):
         self.bias.clear(slot)
         for products in self.products.values():
             products.clear(slot)
+        if self.added is not None:
+            self.added.clear(slot)
 
     def add(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The output of the base layer (…, N) for x (…, K), with each row's changes."""
@@ -137,7 +165,8 @@ class LinearSite(Site):
     @property
     def used(self) -> bool:
         """Whether any slot changes the layer."""
-        return self.bias.used or any(products.used for products in self.products.values())
+        added = self.added is not None and self.added.used
+        return added or self.bias.used or any(own.used for own in self.products.values())
 
     def run(self, output: torch.Tensor, x: torch.Tensor) -> None:
         """:meth:`add` to matrices, in place."""
@@ -147,13 +176,22 @@ class LinearSite(Site):
                 products.add(output, x, slots, start)
         if self.bias.used:
             output += self.bias.of(slots).to(output.dtype)
+        if self.added is not None and self.added.used:
+            self.added.multiply(output, x, slots)
 
 
 class EmbeddingSite(Site):
-    """An embedding: y[t] += Σ w · Δ[id[t]], before tensor-parallel sums."""
+    """An embedding: y[t] += Σ w · Δ[id[t]], before tensor-parallel sums.
 
-    def __init__(self, name: str, rows: RowSlots) -> None:
+    Args:
+        name: of the layer.
+        rows: where slots are told.
+        added: the rows that adapters bring; None: its rows are no tokens.
+    """
+
+    def __init__(self, name: str, rows: RowSlots, added: AddedRows | None = None) -> None:
         super().__init__(name, rows)
+        self.added = added
         self.method: Any = None  # the layer's own, once it is wrapped
         self.products = Products(rows)
 
@@ -170,20 +208,36 @@ class EmbeddingSite(Site):
         if hasattr(layer, "use_fused_embedding"):  # a kernel that reads the weight by itself
             layer.use_fused_embedding = False
 
+    def wrap_positions(self, layer: Any) -> None:
+        """The same for a table of learned positions, whose rows begin `offset` later."""
+        own_forward = layer.forward
+
+        def forward(positions: torch.Tensor) -> torch.Tensor:
+            return self.add(own_forward(positions), positions + layer.offset)
+
+        layer.forward = forward
+
     def fill(self, slot: int, part: str, start: int, changes: Sequence[Change]) -> None:
-        self.products.fill(slot, changes)
+        if not _fill_added(self.added, slot, part, changes):
+            self.products.fill(slot, changes)
 
     def clear(self, slot: int) -> None:
         self.products.clear(slot)
+        if self.added is not None:
+            self.added.clear(slot)
 
     def add(self, output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of ids (…) in the base, with each row's changes."""
         self.ran = True
-        if not self.products.used:
+        adds = self.added is not None and self.added.used
+        if not self.products.used and not adds:
             return output
         output = output.contiguous()
         flat, ids = output.view(-1, output.shape[-1]), ids.reshape(-1)
-        self.products.look_up(flat, ids, self.rows.of_tokens(len(ids)))
+        slots = self.rows.of_tokens(len(ids))
+        self.products.look_up(flat, ids, slots)
+        if self.added is not None:
+            self.added.look_up(flat, ids, slots)
         return output
 
 
@@ -196,13 +250,21 @@ class NormSite(Site):
         widths: of its weight, and of its bias, 0: it has none.
         one: what the layer adds to its weight (Gemma stores w - 1).
         centred: whether it subtracts the mean (LayerNorm) or not (RMSNorm).
+        batched: whether the model calls it with one dimension more, a batch of one: rows (1, T, …).
     """
 
     def __init__(
-        self, name: str, rows: RowSlots, widths: tuple[int, int], *, one: float, centred: bool
+        self,
+        name: str,
+        rows: RowSlots,
+        widths: tuple[int, int],
+        *,
+        one: float,
+        centred: bool,
+        batched: bool = False,
     ) -> None:
         super().__init__(name, rows)
-        self.one, self.centred = one, centred
+        self.one, self.centred, self.batched = one, centred, batched
         self.weight, self.bias = (Vectors(rows, width) for width in widths)
 
     def wrap(self, layer: Any) -> None:
@@ -229,6 +291,11 @@ class NormSite(Site):
         """What the layer made of x, (T, H) or (T, heads, H), with each row's own weight."""
         if not self.weight.used and not self.bias.used:
             return output
+        if self.batched:
+            return self._changed_rows(layer, output[0], x[0])[None]
+        return self._changed_rows(layer, output, x)
+
+    def _changed_rows(self, layer: Any, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         slots = self.rows.of_tokens(len(x))
         between = (slice(None), *[None] * (x.dim() - 2))  # heads of one token have its slot
         wide = x.to(torch.float32)
@@ -284,12 +351,12 @@ class Products:
             sparse_delta_linear(x, deltas, slots, part, weights=weights)
 
     def look_up(self, output: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
-        """output[t] += Σ w · Δ[id[t]]."""
+        """output[t] += Σ w · Δ[id[t]]; of rows beyond those of the delta nothing."""
         for deltas, weights in self._passes:
             for slot, delta in enumerate(deltas):
                 if delta is None:
                     continue
-                here = slots == slot
+                here = (slots == slot) & (ids < delta.rows)
                 if output.device.type == "cpu":
                     place = here.nonzero().squeeze(1)
                     change = delta.rows_at(ids[place].clamp(0, delta.rows - 1)) * weights[slot]
@@ -359,6 +426,15 @@ def _add_changes(output: torch.Tensor, x: torch.Tensor, site: int) -> None:
 @_add_changes.register_fake
 def _(output: torch.Tensor, x: torch.Tensor, site: int) -> None:
     return None
+
+
+def _fill_added(added: AddedRows | None, slot: int, part: str, changes: Sequence[Change]) -> bool:
+    """Fill rows of a vocabulary that are added; False: the part is another."""
+    fills = {} if added is None else {ADDED_WEIGHT: added.fill, ADDED_BIAS: added.fill_bias}
+    if part not in fills:
+        return False
+    fills[part](slot, [_vector(change.delta) for change in changes])
+    return True
 
 
 def _epsilon(layer: Any) -> float:

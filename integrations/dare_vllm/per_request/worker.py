@@ -6,6 +6,8 @@ import functools
 import time
 from typing import Any
 
+from dare_vllm.merged_weights import MergedWeights
+from dare_vllm.mixture import loaded_mixture
 from dare_vllm.per_request.engine_check import engine_obstacles
 from dare_vllm.per_request.loading import Loader
 from dare_vllm.per_request.model_sites import ModelSites
@@ -22,6 +24,8 @@ class Serving:
     """All that the plugin adds to one `LoRAModelManager`."""
 
     def __init__(self, manager: Any) -> None:
+        from vllm.config import get_current_vllm_config
+
         wrapper = manager._get_punica_wrapper(_language_prefix(manager))
         self.rows = RowSlots(wrapper, manager.lora_slots)
         obstacles = engine_obstacles()
@@ -31,7 +35,8 @@ class Serving:
 
         packed = manager.packed_modules_mapping
         self.sites = ModelSites(manager.model, packed, self.rows, has_rows)
-        self.loader = Loader(self.sites, obstacles)
+        config = get_current_vllm_config()
+        self.loader = Loader(self.sites, obstacles, lambda: _open_mixture(config))
         self.residency = Residency(rank=_rank(), slots=manager.lora_slots)
 
     def empty(self, slot: int) -> None:
@@ -167,6 +172,15 @@ def _hook_slots(dare_model: Any) -> None:
     LoRAModelManager._deactivate_adapter = deactivate_adapter
     LoRAModelManager.remove_adapter = remove_adapter
     LoRAModelManager.remove_all_adapters = remove_all_adapters
+
+
+def _open_mixture(config: Any) -> MergedWeights | None:
+    """What was loaded with the base, or swapped in since, over the base's checkpoint."""
+    if not loaded_mixture(config.load_config).parts:
+        return None
+    from dare_vllm.at_load.loader import DareModelLoader
+
+    return DareModelLoader(config.load_config).open_mixture(config.model_config)
 
 
 def _rank() -> int:
