@@ -95,8 +95,7 @@ def add_product(
             continue
         address, own_width, _ = delta.prepared.get(_NAME) or _describe(delta)
         addresses.append(address)
-        if own_width > width:
-            width = own_width
+        width = max(width, own_width)
         any_dense = any_dense or not address
     if width and x.shape[0]:
         _add_sparse(x, addresses, width, token_slot, y, transposed, weights)
