@@ -5,8 +5,8 @@
 
 #include "_packed_rows.h"
 
-/* Columns of a tile that are written before the next: as many as a cache line of a token has. */
-enum { AT_ONCE = 16 };
+/* Columns of a tile that are written before the next: two cache lines of a token. */
+enum { AT_ONCE = 32 };
 
 /* Some rows of x or y, in order. */
 typedef struct {

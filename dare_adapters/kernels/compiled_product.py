@@ -28,7 +28,7 @@ __all__ = ["add_product", "available"]
 
 _NAME = "compiled"
 # Entries times vectors of eight tokens that are worth a thread's waking, some ten microseconds.
-WORTH_A_THREAD = 1 << 15
+WORTH_A_THREAD = 1 << 14
 # Outputs in a cache line, so that no two threads write to one.
 TOGETHER = 64
 LARGEST = 1 << 30
@@ -127,7 +127,7 @@ def _add_sparse(
     if weights is not None:
         weights = weights.to(torch.float32).contiguous()
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
-    work = rows * width * (1 + tokens // 8)
+    work = rows * width * (min(tokens, len(addresses)) + tokens // 8)
     team = threads = 1 if work < 2 * WORTH_A_THREAD else torch.get_num_threads()
     if threads > 1:
         threads = max(1, min(threads, work // WORTH_A_THREAD, outputs // TOGETHER))
