@@ -147,39 +147,45 @@ INLINE int64_t blocked_row(const delta *d, int64_t row, const part *p, const dec
     return groups;
 }
 
-/* Values i … i + 7 of compressed rows, those after the last one anything. */
-INLINE eight values_from(const delta *d, int64_t i, float scale) {
+/* Values i … i + 7 of compressed rows; `all` of them, and 56 more, exist. */
+INLINE eight values_from(const delta *d, int64_t i, float scale, const int all) {
     const uint8_t *values = d->values;
-    int64_t left = d->survivors - i;
     if (d->bits >= 16) {
+        if (all && d->value_dtype == FLOAT32) return *(const eight *)(values + 4 * i);
+        if (all && d->value_dtype == BFLOAT16)
+            return (eight)(__builtin_convertvector(*(const halves *)(values + 2 * i), words) << 16);
         eight made = {0};
-        if (d->value_dtype == FLOAT32 && left >= 8) return *(const eight *)(values + 4 * i);
-        for (int64_t k = 0; k < smaller(left, 8); k++)
+        for (int64_t k = 0; k < (all ? 8 : smaller(d->survivors - i, 8)); k++)
             made[k] = read_float(values, i + k, (int)d->value_dtype);
         return made;
     }
     int64_t bit = i * d->bits, first = bit >> 3; /* a row may begin within a byte */
-    int64_t there = (d->survivors * d->bits + 7) / 8 - first;
     uint8_t end[8] = {0};
     const uint8_t *from = values + first;
-    if (there < 8) from = memcpy(end, from, (size_t)there);
-    if (d->bits == 8) return floats_of(__builtin_convertvector(*(const bytes *)from, ints), 8, scale);
-    uint32_t packed = (uint32_t)(little_endian(from, 8) >> (bit & 7));
-    if (d->bits == 4) return floats_of(small_numbers(packed, 4), 4, scale);
-    if (d->bits == 2) return floats_of(small_numbers(packed, 2), 2, scale);
-    return floats_of(small_numbers(packed, 1), 1, scale);
+    if (!all) {
+        int64_t there = (d->survivors * d->bits + 7) / 8 - first;
+        from = memcpy(end, from, (size_t)smaller(there, 8));
+    }
+    uint64_t packed = little_endian(from, 8) >> (bit & 7);
+    uint32_t low = (uint32_t)packed, high = (uint32_t)(packed >> 32);
+    words in_bytes = {low, low, low, low, high, high, high, high};
+    words shift = {0, 8, 16, 24, 0, 8, 16, 24};
+    return d->bits == 4   ? floats_of(small_numbers(low, 4), 4, scale)
+           : d->bits == 2 ? floats_of(small_numbers(low, 2), 2, scale)
+           : d->bits == 1 ? floats_of(small_numbers(low, 1), 1, scale)
+                          : floats_of((ints)(in_bytes >> shift & 255), 8, scale);
 }
 
 /* Columns i … i + 7 of compressed rows, likewise. */
-INLINE ints columns_from(const delta *d, int64_t i) {
-    const uint16_t *narrow = d->column_index;
-    const int32_t *wide = d->column_index;
-    if (d->survivors - i >= 8)
-        return d->index_bytes == 2 ? __builtin_convertvector(*(const halves *)(narrow + i), ints)
-                                   : *(const ints *)(wide + i);
+INLINE ints columns_from(const delta *d, int64_t i, const int all) {
+    const uint16_t *narrow = (const uint16_t *)d->column_index + i;
+    const int32_t *wide = (const int32_t *)d->column_index + i;
+    if (all)
+        return d->index_bytes == 2 ? __builtin_convertvector(*(const halves *)narrow, ints)
+                                   : *(const ints *)wide;
     ints made = {0};
-    for (int64_t k = 0; k < d->survivors - i; k++)
-        made[k] = d->index_bytes == 2 ? narrow[i + k] : wide[i + k];
+    for (int64_t k = 0; k < smaller(d->survivors - i, 8); k++)
+        made[k] = d->index_bytes == 2 ? narrow[k] : wide[k];
     return made;
 }
 
@@ -190,12 +196,13 @@ INLINE int64_t compressed_row(const delta *d, int64_t row, const part *p, const 
     float scale = d->bits >= 16 ? 1.0f : d->scales[row];
     int64_t g = 0;
     for (int64_t i = first; i < last; i += 8, g++) {
-        ints column = columns_from(d, i), place = {0, 1, 2, 3, 4, 5, 6, 7};
-        eight value = values_from(d, i, scale);
+        int all = i + 64 <= d->survivors;
+        ints column = all ? columns_from(d, i, 1) : columns_from(d, i, 0);
+        ints value = (ints)(all ? values_from(d, i, scale, 1) : values_from(d, i, scale, 0));
         ints within = (column >= (int32_t)p->low) & (column < (int32_t)p->high);
-        within &= place < (int32_t)smaller(last - i, 8);
+        if (i + 8 > last) within &= (ints){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)(last - i);
         *(ints *)(out->column + 8 * g) = (column & within) | ((int32_t)p->low & ~within);
-        *(ints *)(out->value + 8 * g) = (ints)value & within;
+        *(ints *)(out->value + 8 * g) = value & within;
     }
     return g;
 }

@@ -151,10 +151,10 @@ typedef struct {
     float *value, *x, *sum;
 } room;
 
-/* Groups of a row that one panel holds, where all rows have their entries in the same blocks. */
-static int64_t panel_of(const delta *d, int64_t tokens, int64_t groups) {
-    if (d->kind != BLOCKED) return larger(groups, 1);
-    return larger(PANEL_BYTES / (8 * d->block * tokens * (int64_t)sizeof(float)), 1);
+/* Groups of a row that one panel holds. In compressed rows they may begin anywhere: about there. */
+static int64_t panel_of(const delta *d, int64_t tokens) {
+    int64_t apart = d->kind == BLOCKED ? d->block : d->rows * d->columns / larger(d->survivors, 1);
+    return larger(PANEL_BYTES / larger(8 * apart * tokens * (int64_t)sizeof(float), 1), 1);
 }
 
 /* y[t] += weight * x[t] Δᵀ of the outputs low … high - 1. */
@@ -162,7 +162,7 @@ static void add_rows(const request *c, const delta *d, float weight, const tile 
                      int64_t low, int64_t high, const room *own) {
     part p = part_of(d, 0, c->columns, c->width, own->start);
     int64_t most = (c->width + 7) / 8, tokens = of->width, groups[STRIP];
-    int64_t panel = panel_of(d, tokens, most);
+    int64_t panel = panel_of(d, tokens);
     decoded to = {own->column, own->value};
     for (int64_t row = low; row < high; row += STRIP) {
         strip all = {own->column, own->value, 8 * most, smaller(high - row, STRIP), groups};
@@ -181,7 +181,7 @@ static void add_rows(const request *c, const delta *d, float weight, const tile 
 /* y[t] += weight * x[t] Δ of the outputs low … high - 1. */
 static void add_columns(const request *c, const delta *d, float weight, const tile *of,
                         const float *x, int64_t low, int64_t high, const room *own) {
-    int64_t panel = panel_of(d, of->width, 0) * 8 * d->block;
+    int64_t panel = panel_of(d, of->width) * 8 * d->block;
     if (d->kind != BLOCKED) panel = high - low;
     decoded to = {own->column, own->value};
     for (int64_t first = low; first < high; first += panel) {
