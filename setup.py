@@ -46,7 +46,7 @@ setup(
             ["dare_adapters/kernels/_product.c"],
             include_dirs=["dare_adapters"],
             # Its sums have no other to equal bit for bit.
-            extra_compile_args=["-O3", "-ffp-contract=fast"],
+            extra_compile_args=["-O3", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
             depends=HEADERS,
             optional=True,
         ),

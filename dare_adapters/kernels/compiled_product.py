@@ -1,18 +1,18 @@
 """The back end "compiled": the loops of `_product.c` on the processor, straight from packed codes.
 
-Outputs are shared out among threads, so a sum never depends on how many there are.
+Outputs are shared out among threads, so a sum never depends on how many there are. A product of a
+small layer takes a few microseconds, no more than a handful of Python's calls into C: so what is
+known of a delta is written down once, and a request is one block of bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
+import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,15 +26,19 @@ from dare_adapters.shared_library import load_library
 
 __all__ = ["add_product", "available"]
 
-# Entries times vectors of eight tokens that are worth a thread's waking, some tens of microseconds.
-WORTH_A_THREAD = 1 << 17
-# Outputs in a cache line, so that no two threads write to one; and blocks that share a byte.
+_NAME = "compiled"
+# Entries times vectors of eight tokens that are worth a thread's waking, some ten microseconds.
+WORTH_A_THREAD = 1 << 14
+# Outputs in a cache line, so that no two threads write to one.
 TOGETHER = 64
 LARGEST = 1 << 30
 
+# `request` in `_product.c`.
+_REQUEST = struct.Struct("PqPPqqqqPqqPqqqq")
+
 
 class _Delta(ctypes.Structure):
-    """`delta` in `_product.c`."""
+    """`delta` in `_packed_rows.h`."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("kind", "rows", "columns", "bits", "value_dtype")],
@@ -45,18 +49,22 @@ class _Delta(ctypes.Structure):
     ]
 
 
+class _Known(NamedTuple):
+    """A delta as the loops see it; `address` is 0 where it is dense."""
+
+    address: int
+    width: int
+    described: _Delta | None
+
+
 @lru_cache(maxsize=1)
 def _library() -> Any:
     return load_library(__file__, "_product", _declare)
 
 
 def _declare(library: Any) -> None:
-    size, place, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    library.dare_add_products.argtypes = [
-        place, size, place, place, size, size, size, size, place, number, size, place, number, size,
-        number, size, size,
-    ]  # fmt: skip
-    library.dare_add_products.restype = number
+    library.dare_products.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint]
+    library.dare_products.restype = ctypes.c_int
 
 
 def available() -> bool:
@@ -69,7 +77,7 @@ def _serves(x: torch.Tensor, y: torch.Tensor) -> bool:
     return on_cpu and x.shape[1] < LARGEST and y.shape[1] < LARGEST and available()
 
 
-@register_backend("compiled", serves=_serves, rank=1)
+@register_backend(_NAME, serves=_serves, rank=1)
 def add_product(
     x: torch.Tensor,
     deltas: Sequence[PackedDelta | None],
@@ -80,43 +88,25 @@ def add_product(
     weights: torch.Tensor | None,
 ) -> None:
     """See :class:`AddProduct`; a dense delta is PyTorch's to multiply."""
-    dense: list[PackedDelta | None] | None = None
-    described, width = _described(deltas), 0
-    for slot, delta in enumerate(deltas):
+    addresses, width, any_dense = [], 0, False
+    for delta in deltas:
         if delta is None:
+            addresses.append(0)
             continue
-        layout = delta.layout
-        if layout.is_sparse:
-            width = max(width, layout.width)
-        else:
-            dense = dense or [None] * len(deltas)
-            dense[slot] = delta
+        address, own_width, _ = delta.prepared.get(_NAME) or _describe(delta)
+        addresses.append(address)
+        width = max(width, own_width)
+        any_dense = any_dense or not address
     if width and x.shape[0]:
-        _add_sparse(x, described, width, token_slot, y, transposed, weights)
-    if dense is not None:
+        _add_sparse(x, addresses, width, token_slot, y, transposed, weights)
+    if any_dense:
+        dense = [None if one is None or one.layout.is_sparse else one for one in deltas]
         add_dense_product(x, dense, token_slot, y, transposed=transposed, weights=weights)
-
-
-def _described(deltas: Sequence[PackedDelta | None]) -> ctypes.Array[_Delta]:
-    """Sparse deltas as the loops see them; whatever else there is, as none."""
-    if len(deltas) == 1 and deltas[0] is not None:  # nothing to gather, which takes microseconds
-        alone = _known.get(deltas[0])
-        if alone is not None:
-            return alone
-    made = (_Delta * len(deltas))()
-    for slot, delta in enumerate(deltas):
-        if delta is None or not delta.layout.is_sparse:
-            continue
-        found = _known.get(delta)
-        if found is None:
-            found = _known[delta] = (_Delta * 1)(_describe(delta))
-        made[slot] = found[0]
-    return made
 
 
 def _add_sparse(
     x: torch.Tensor,
-    described: ctypes.Array[_Delta],
+    addresses: list[int],
     width: int,
     token_slot: torch.Tensor,
     y: torch.Tensor,
@@ -132,27 +122,22 @@ def _add_sparse(
     if y_step != 1:
         out = y.contiguous()
         y_stride = outputs
-    if token_slot.dtype != torch.int64 or not token_slot.is_contiguous():
+    if token_slot.dtype is not torch.int64 or not token_slot.is_contiguous():
         token_slot = token_slot.to(torch.int64).contiguous()
-    weights = None if weights is None else weights.to(torch.float32).contiguous()
+    if weights is not None:
+        weights = weights.to(torch.float32).contiguous()
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
-    arguments = (
-        described, len(described), None if weights is None else weights.data_ptr(),
+    work = rows * width * (min(tokens, len(addresses)) + tokens // 8)
+    team = threads = 1 if work < 2 * WORTH_A_THREAD else torch.get_num_threads()
+    if threads > 1:
+        threads = max(1, min(threads, work // WORTH_A_THREAD, outputs // TOGETHER))
+    deltas = _list_of(len(addresses))(*addresses)
+    request = _REQUEST.pack(
+        ctypes.addressof(deltas), len(addresses), 0 if weights is None else weights.data_ptr(),
         token_slot.data_ptr(), tokens, rows, columns, width, x.data_ptr(), DTYPES[x.dtype],
-        x_stride, out.data_ptr(), DTYPES[out.dtype], y_stride, transposed,
+        x_stride, out.data_ptr(), DTYPES[out.dtype], y_stride, transposed, threads,
     )  # fmt: skip
-    work = rows * width * max(1, tokens // 8)
-    parts = 1 if work < 2 * WORTH_A_THREAD else _parts(work, outputs)
-
-    add = partial(_library().dare_add_products, *arguments)
-    if parts == 1:
-        failed = bool(add(0, outputs))
-    else:
-        borders = [outputs * part // parts // TOGETHER * TOGETHER for part in range(parts)]
-        shares = [*itertools.pairwise([*borders, outputs])]
-        others = [_pool().submit(add, *share) for share in shares[1:]]
-        failed = any([add(*shares[0]), *(other.result() for other in others)])
-    if failed:
+    if _library().dare_products(request, _fork_join() if threads > 1 else None, team):
         raise MemoryError(f"no memory to hold {tokens} tokens of {inputs} inputs")
     if out is not y:
         y.copy_(out)
@@ -160,16 +145,15 @@ def _add_sparse(
         torch.autograd.graph.increment_version(y)
 
 
-def _parts(work: int, outputs: int) -> int:
-    return max(1, min(torch.get_num_threads(), work // WORTH_A_THREAD, outputs // TOGETHER))
+@lru_cache(maxsize=64)
+def _list_of(count: int) -> type[ctypes.Array[ctypes.c_void_p]]:
+    return ctypes.c_void_p * count
 
 
-# Deltas as the loops see them; valid as long as the delta, which keeps its tensors.
-_known: WeakKeyDictionary[PackedDelta, ctypes.Array[_Delta]] = WeakKeyDictionary()
-
-
-def _describe(delta: PackedDelta) -> _Delta:
+def _describe(delta: PackedDelta) -> _Known:
     layout, tensors = delta.layout, delta.tensors()
+    if not layout.is_sparse:
+        return delta.prepared.setdefault(_NAME, _Known(0, 0, None))
     made = _Delta(
         kind=layout.kind,
         rows=layout.rows,
@@ -184,13 +168,28 @@ def _describe(delta: PackedDelta) -> _Delta:
         made.index_bytes = tensors["column_index"].element_size()
     for name, tensor in tensors.items():
         setattr(made, name, tensor.data_ptr())
-    return made
+    return delta.prepared.setdefault(_NAME, _Known(ctypes.addressof(made), layout.width, made))
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="dare-product")
+def _fork_join() -> int | None:
+    """GOMP_parallel of the OpenMP that PyTorch runs on, whose threads are awake, if it is GNU's."""
+    if _forked or not torch.backends.openmp.is_available():
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+_forked: list[bool] = []
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, of which OpenMP does not know."""
+    _forked.append(True)
+    _fork_join.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ class PackedDelta:
         dtype: of the stored values; uint8 where they are codes.
         device: where the tensors are.
         nbytes: bytes of all tensors.
+        prepared: what a back end keeps of it, by the back end's name; no copy has it.
 
     Raises:
         AdapterFormatError: a tensor is missing or of another shape or dtype.
@@ -70,6 +72,11 @@ class PackedDelta:
         self.bits, self.dtype, self.nbytes = layout.bits, layout.dtype, layout.nbytes
         self._tensors = {name: tensors[name].contiguous() for name in declared}
         self.device = self._tensors["values"].device
+        self.prepared: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[PackedDelta], tuple[Layout, Tensors]]:
+        """Copies have tensors, and so addresses, of their own."""
+        return PackedDelta, (self.layout, self._tensors)
 
     @classmethod
     def from_delta(cls, delta: Delta, *, device: torch.device | str | None = None) -> PackedDelta:

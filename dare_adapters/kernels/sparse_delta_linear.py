@@ -148,7 +148,7 @@ def _run(
     transposed: bool,
     backend: str,
 ) -> None:
-    kind = y.device.type
+    kind = "cpu" if y.is_cpu else y.device.type
     if torch.is_autocast_enabled(kind):  # which would multiply in half precision
         with torch.autocast(kind, enabled=False):
             return _run(x, deltas, token_slot, weights, y, transposed, backend)
@@ -208,18 +208,19 @@ def _check(
     transposed: bool,
 ) -> bool:
     """Refuse what does not fit; whether there is any delta."""
-    if x.dim() != 2 or y.dim() != 2 or token_slot.dim() != 1:
+    given, asked = x.shape, y.shape
+    if len(given) != 2 or len(asked) != 2 or token_slot.dim() != 1:
         raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} must be matrices, and token_slot "
+            f"x {tuple(given)} and y {tuple(asked)} must be matrices, and token_slot "
             f"{tuple(token_slot.shape)} a vector; flatten batch and sequence to tokens"
         )
-    if not x.shape[0] == y.shape[0] == token_slot.shape[0]:
+    if not given[0] == asked[0] == token_slot.shape[0]:
         raise ValueError(
-            f"{x.shape[0]} rows of x, {y.shape[0]} of y and {token_slot.shape[0]} token slots"
+            f"{given[0]} rows of x, {asked[0]} of y and {token_slot.shape[0]} token slots"
         )
     if not (x.is_floating_point() and y.is_floating_point()):
         raise ValueError(f"x and y must be floats, not {x.dtype} and {y.dtype}")
-    wanted = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
+    wanted = (given[1], asked[1]) if transposed else (asked[1], given[1])
     device, any_delta = x.device, False
     together = device == y.device == token_slot.device
     for slot, delta in enumerate(deltas):
@@ -229,7 +230,7 @@ def _check(
         if (delta.rows, delta.columns) != wanted:
             raise ValueError(
                 f"the delta of slot {slot} is a matrix {(delta.rows, delta.columns)}; x "
-                f"{tuple(x.shape)} and y {tuple(y.shape)} need {wanted}"
+                f"{tuple(given)} and y {tuple(asked)} need {wanted}"
             )
         if not (together and delta.device == device):
             raise ValueError(
