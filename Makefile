@@ -106,7 +106,7 @@ sparse-training: setup ## memory and time of training survivors, beside LoRA
 	$(BIN)/python benchmarks/sparse_training.py
 
 bench-kernels: setup ## products from packed deltas, on the GPU if there is one; ARGS="--quick"
-	$(BIN)/python benchmarks/kernels.py $(ARGS)
+	$(BIN)/python benchmarks/kernel_products.py $(ARGS)
 
 bench-merge: setup $(MERGEKIT)/.installed ## merges beside mergekit's; a quarter of an hour
 	$(BIN)/python benchmarks/merge_against_mergekit.py --mergekit $(MERGEKIT)/bin/mergekit-yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import shutil
@@ -135,6 +136,33 @@ def test_a_matrix_of_many_tiles_gives_the_dense_product(backend: str):
     found = torch.zeros(3, columns)
     sparse_delta_linear(x, [packed], slot, found, transposed=True, backend=backend)
     torch.testing.assert_close(found, x @ packed.dense(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not available(), reason="the loops were not compiled")
+@pytest.mark.parametrize("make", [blocked, bernoulli])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 17, 24, 30, 40, 47, 56, 64, 130])
+def test_any_number_of_tokens_gives_the_dense_product_of_wide_rows(make, tokens: int):
+    rows, columns = 70, 3001  # wider than what is multiplied at once
+    packed = PackedDelta.from_delta(make(rows, columns, 10 if make is blocked else 0.9, 4))
+    x, slot = torch.randn(tokens, columns), torch.zeros(tokens, dtype=torch.int64)
+    y = torch.zeros(tokens, rows)
+    sparse_delta_linear(x, [packed], slot, y, backend="compiled")
+    torch.testing.assert_close(y, x @ packed.dense().T, rtol=1e-4, atol=1e-4)
+    x, y = torch.randn(tokens, rows), torch.zeros(tokens, columns)
+    sparse_delta_linear(x, [packed], slot, y, transposed=True, backend="compiled")
+    torch.testing.assert_close(y, x @ packed.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_is_read_from_tensors_of_its_own():
+    packed = PackedDelta.from_delta(blocked(30, 50, 10, 4))
+    x, slot = torch.randn(3, 50), torch.zeros(3, dtype=torch.int64)
+    expected = sparse_delta_linear(x, [packed], slot, torch.zeros(3, 30))
+    copied = copy.deepcopy(packed)
+    for tensor in packed.tensors().values():
+        tensor.zero_()
+    found = sparse_delta_linear(x, [copied], slot, torch.zeros(3, 30))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, torch.zeros(3, 30))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

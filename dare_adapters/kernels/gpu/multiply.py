@@ -26,16 +26,11 @@ def multiply_blocked(
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """y[t] += w[s] * x[t] Δ_sᵀ. Grid: (blocks of rows, tiles of tokens)."""
-    slot, first, end = tokens_of_tile(starts, tl.program_id(1), slots, TOKENS, SLOTS)
-    if slot >= slots:
-        return
-    values_at = tl.load(table + slot * 5 + 1)
+    slot, offsets_at, values_at, token, live = _delta_and_tokens(
+        starts, order, table, tl.program_id(1), slots, TOKENS, SLOTS
+    )
     if values_at == 0:
         return
-    offsets_at = tl.load(table + slot * 5)
-    place = first + tl.arange(0, TOKENS)
-    live = place < end
-    token = tl.load(order + place, mask=live, other=0).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_long = row.to(tl.int64)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -84,16 +79,11 @@ def multiply_transposed(
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """y[t] += w[s] * x[t] Δ_s. Grid: (tiles of blocks of columns, tiles of tokens)."""
-    slot, first, end = tokens_of_tile(starts, tl.program_id(1), slots, TOKENS, SLOTS)
-    if slot >= slots:
-        return
-    values_at = tl.load(table + slot * 5 + 1)
+    slot, offsets_at, values_at, token, live = _delta_and_tokens(
+        starts, order, table, tl.program_id(1), slots, TOKENS, SLOTS
+    )
     if values_at == 0:
         return
-    offsets_at = tl.load(table + slot * 5)
-    place = first + tl.arange(0, TOKENS)
-    live = place < end
-    token = tl.load(order + place, mask=live, other=0).to(tl.int64)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     within = tl.arange(0, PADDED)
     total = tl.zeros([TOKENS, BLOCKS * PADDED], tl.float32)
@@ -129,3 +119,18 @@ def multiply_transposed(
     written = live[:, None] & exists[None, :]
     before = tl.load(to, mask=written, other=0)
     tl.store(to, (before.to(tl.float32) + total).to(before.dtype), mask=written)
+
+
+@triton.jit
+def _delta_and_tokens(
+    starts, order, table, tile, slots, TOKENS: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """The slot of a tile, where its offsets and values are (0: there is nothing to do), its tokens,
+    and which of them there are."""
+    slot, first, end = tokens_of_tile(starts, tile, slots, TOKENS, SLOTS)
+    offsets_at = tl.load(table + slot * 5, mask=slot < slots, other=0)
+    values_at = tl.load(table + slot * 5 + 1, mask=slot < slots, other=0)
+    place = first + tl.arange(0, TOKENS)
+    live = place < end
+    token = tl.load(order + place, mask=live, other=0).to(tl.int64)
+    return slot, offsets_at, values_at, token, live
