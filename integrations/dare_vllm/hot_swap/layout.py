@@ -101,7 +101,7 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _put_back(before: list[tuple[nn.Module, dict[str, torch.Tensor | None]]]) -> bool:
+def _put_back(before: list[tuple[nn.Module, dict[str, nn.Parameter | None]]]) -> bool:
     """Undo what a loader made anew instead of copying into it; whether there was any."""
     replaced = False
     for module, parameters in before:
@@ -109,7 +109,7 @@ def _put_back(before: list[tuple[nn.Module, dict[str, torch.Tensor | None]]]) ->
         if now.keys() != parameters.keys() or any(now[n] is not parameters[n] for n in now):
             replaced = True
             now.clear()
-            now.update(parameters)  # type: ignore[arg-type]
+            now.update(parameters)
     return replaced
 
 

@@ -111,7 +111,7 @@ def _window(destination: torch.Tensor, source: torch.Tensor, tensor: torch.Tenso
         return None  # computed, not cut out
     if destination.shape != source.shape or source.dtype != tensor.dtype:
         return None
-    offset = source.storage_offset() - tensor.storage_offset()
+    offset = int(source.storage_offset() - tensor.storage_offset())
     top, left = divmod(offset, columns) if columns else (0, 0)
     shape, strides = _as_matrix(source.shape, source.stride(), columns)
     if shape is None:
