@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import dare_adapters
 from dare_adapters import delta_method
 from dare_adapters.combine.registry import _methods
 from dare_adapters.delta import Delta
@@ -21,6 +24,7 @@ from dare_adapters.errors import (
 from tests.conftest import Pack, raw_bytes
 from tests.vllm.conftest import MODELS, Packs, merged, save_lora
 from tests.vllm.engines import Engine, assert_says_the_same
+from tests.vllm.models import KINDS
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -215,6 +219,50 @@ def test_a_swap_that_fails_halfway_leaves_the_old_mixture(
     assert_says_the_same(engine.greedy(), merged(pack, {"a": 1.0}))
     set_mixture(engine.llm, [b], route=route)
     assert_says_the_same(engine.greedy(), merged(pack, {"b": 1.0}))
+
+
+@pytest.fixture(scope="module")
+def stored_twice(packs: Packs, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """A pack whose base and fine-tunes store the head that their config ties."""
+    pack, root = packs("tied-llama-bf16"), tmp_path_factory.mktemp("twice")
+    for source in (pack.base, pack.finetuned["a"], pack.finetuned["b"]):
+        copy = Path(shutil.copytree(source, root / source.name))
+        tensors = load_file(copy / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    base = root / pack.base.name
+    finetuned = {kind: root / pack.finetuned[kind].name for kind in "ab"}
+    for kind, path in finetuned.items():
+        dare_adapters.extract(
+            base, path, root / kind, on_large_delta="ignore", progress=False, **KINDS[kind]
+        )
+    return Pack(base, finetuned, {kind: root / kind for kind in "ab"}, pack.model_class)
+
+
+@pytest.mark.parametrize("route", ["reload", "sparse"])
+def test_a_head_that_repeats_the_embedding_goes_with_it_and_comes_back_with_it(
+    route: str, stored_twice: Pack, start_engine: Starter, failing_method: str
+) -> None:
+    pack = stored_twice
+    engine = start_engine(
+        pack.base,
+        load_format="dare",
+        model_loader_extra_config={"plain_weights": True},
+        hf_overrides={"tie_word_embeddings": False},
+    )
+    assert_says_the_same(engine.greedy(), pack.live().float())
+    before = engine.weights()
+    a, b = str(pack.adapters["a"]), str(pack.adapters["b"])
+    # Embedding and head have been written when it fails.
+    with pytest.raises(SwapFailedError, match="the old mixture is back"):
+        set_mixture(engine.llm, [b], combination_type=failing_method, route=route)
+    assert differing(engine.weights(), before) == set()
+    set_mixture(engine.llm, [a], route=route)
+    found = engine.weights()
+    assert raw_bytes(found["lm_head.weight"]) == raw_bytes(found["model.embed_tokens.weight"])
+    assert_says_the_same(engine.greedy(), merged(pack, {"a": 1.0}))
+    set_mixture(engine.llm, [], route=route)
+    assert differing(engine.weights(), before) == set()
 
 
 def test_what_cannot_be_had_is_refused_and_changes_nothing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,13 @@ from torch import nn
 
 from dare_adapters.errors import BaseMismatchError, UnsupportedParameterError
 
-__all__ = ["check_layout", "pack_again", "reload_obstacle", "sparse_obstacle"]
+__all__ = [
+    "check_layout",
+    "intercepted_copies",
+    "pack_again",
+    "reload_obstacle",
+    "sparse_obstacle",
+]
 
 # What keeps plain weights under their own shape, where the platform does.
 _PLAIN_METHODS = {
@@ -71,19 +77,19 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         UnsupportedParameterError: the loader does not copy it entry by entry.
         BaseMismatchError: the model has other values.
     """
-    before = [(module, dict(module._parameters)) for module in model.modules()]
-    with _comparing() as compared:
-        try:
+    compared: list[int] = []
+    try:
+        with intercepted_copies(model, lambda to, given: compared.append(_compare(to, given))) as (
+            replaced
+        ):
             loaded = model.load_weights([(name, tensor)])  # type: ignore[operator]
-        except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise UnsupportedParameterError(
-                f"{name} is stored otherwise in the running model than in the checkpoint "
-                f"({error}); {_ADVICE}"
-            ) from error
-        finally:
-            replaced = _put_back(before)
+    except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UnsupportedParameterError(
+            f"{name} is stored otherwise in the running model than in the checkpoint "
+            f"({error}); {_ADVICE}"
+        ) from error
     here = loaded is None or bool(set(loaded))
-    if replaced or (here and not compared):
+    if replaced() or (here and not compared):
         raise UnsupportedParameterError(
             f"{name} is loaded in a way of its own, not by copying; {_ADVICE}"
         )
@@ -95,7 +101,7 @@ def check_layout(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _put_back(before: list[tuple[nn.Module, dict[str, torch.Tensor | None]]]) -> bool:
+def _put_back(before: list[tuple[nn.Module, dict[str, nn.Parameter | None]]]) -> bool:
     """Undo what a loader made anew instead of copying into it; whether there was any."""
     replaced = False
     for module, parameters in before:
@@ -103,7 +109,7 @@ def _put_back(before: list[tuple[nn.Module, dict[str, torch.Tensor | None]]]) ->
         if now.keys() != parameters.keys() or any(now[n] is not parameters[n] for n in now):
             replaced = True
             now.clear()
-            now.update(parameters)  # type: ignore[arg-type]
+            now.update(parameters)
     return replaced
 
 
@@ -130,26 +136,37 @@ def _cpu_experts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _comparing() -> Iterator[list[int]]:
-    """`Tensor.copy_` of this thread compares instead; the list gets how many entries differ."""
-    original, thread = torch.Tensor.copy_, threading.get_ident()
-    found: list[int] = []
+def intercepted_copies(
+    model: nn.Module, copy: Callable[[torch.Tensor, torch.Tensor], object]
+) -> Iterator[Callable[[], bool]]:
+    """`Tensor.copy_` of this thread calls `copy(destination, source)` and copies nothing.
 
-    def compare(
+    Gives a function that says, after the block, whether parameters were made anew instead of
+    written to; the model has its own back.
+    """
+    original, thread = torch.Tensor.copy_, threading.get_ident()
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    replaced = False
+
+    def call(
         destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     ) -> torch.Tensor:
         if threading.get_ident() != thread:
             return original(destination, source, non_blocking)
-        if destination.shape != source.shape or not source.is_floating_point():
-            raise NotImplementedError(
-                f"{list(source.shape)} are copied into {list(destination.shape)}"
-            )
-        given = source.to(dtype=destination.dtype, device=destination.device)
-        found.append(int((given != destination).sum()))
+        copy(destination, source)
         return destination
 
-    torch.Tensor.copy_ = compare  # type: ignore[method-assign,assignment]
+    torch.Tensor.copy_ = call  # type: ignore[method-assign,assignment]
     try:
-        yield found
+        yield lambda: replaced
     finally:
         torch.Tensor.copy_ = original  # type: ignore[method-assign]
+        replaced = _put_back(before)
+
+
+def _compare(destination: torch.Tensor, source: torch.Tensor) -> int:
+    """How many entries differ of what would be copied."""
+    if destination.shape != source.shape or not source.is_floating_point():
+        raise NotImplementedError(f"{list(source.shape)} are copied into {list(destination.shape)}")
+    given = source.to(dtype=destination.dtype, device=destination.device)
+    return int((given != destination).sum())

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from dare_adapters.errors import (
 from dare_adapters.parallel import worker_pool
 from dare_vllm.at_load.loader import DareModelLoader
 from dare_vllm.hot_swap.layout import check_layout, pack_again, reload_obstacle, sparse_obstacle
-from dare_vllm.hot_swap.patches import make_patches, make_whole_patches
+from dare_vllm.hot_swap.patches import make_patches, make_whole_patches, write_entries
+from dare_vllm.hot_swap.windows import Window, find_windows, live_storages
 from dare_vllm.merged_weights import MergedWeights
 from dare_vllm.mixture import LOAD_FORMAT, Mixture, loaded_mixture
 
@@ -47,10 +48,10 @@ _BATCH_BYTES = 256 << 20
 
 
 PatchMaker = Callable[
-    [MergedWeights, MergedWeights, ThreadPoolExecutor, torch.device],
+    [MergedWeights, MergedWeights, ThreadPoolExecutor, torch.device, Collection[str]],
     Iterator[CheckpointWeightPatch],
 ]
-"""Of two mixtures, what makes the first of the second."""
+"""Of two mixtures, what makes the first of the second, but in parameters that are so already."""
 
 
 @dataclass
@@ -63,6 +64,8 @@ class _Swap:
     before: Mixture
     old: MergedWeights
     new: MergedWeights
+    # On the sparse route, where the model has parameters that it keeps as the checkpoint does.
+    windows: dict[str, list[Window]] = field(default_factory=dict)
     written: bool = False  # in whole or in part, and not undone
 
 
@@ -96,6 +99,7 @@ class SwapWorker:
         self._current_key: object = None
         self._prepared: _Swap | None = None
         self._compared: set[str] = set()
+        self._windows: dict[str, list[Window] | None] = {}
 
     def mixture(self) -> dict[str, Any]:
         """The mixture that the engine has now."""
@@ -149,6 +153,8 @@ class SwapWorker:
                     f"weights cannot be loaded again: {obstacle}; start an engine with the mixture"
                 )
         self._prepared = _Swap(token, route, loader, self._mixture, old, new)
+        if route == "sparse":
+            self._prepared.windows = self._find_windows(old, new)
         return {"route": route}
 
     def commit(self, token: str) -> dict[str, Any]:
@@ -193,8 +199,12 @@ class SwapWorker:
                 pack_again(model, reloaded=True)
                 return counted.entries
             entries = 0
+            written: list[str] = []
+            for name, windows in swap.windows.items() if make is make_patches else ():
+                entries += write_entries(windows, target, other, name)
+                written.append(name)
             with worker_pool() as pool:
-                patches = make(target, other, pool, self.worker.device)
+                patches = make(target, other, pool, self.worker.device, written)
                 for batch in _batches(patches):
                     entries += sum(patch.values.numel() for patch in batch)
                     load_checkpoint_weight_patches(model, batch, validate_unique_indices=False)
@@ -249,6 +259,34 @@ class SwapWorker:
                 tensor = old.merged(name, old.base[name], pool)
                 check_layout(self._model, old.renamed(name), tensor)
                 self._compared.add(name)
+
+    def _find_windows(self, old: MergedWeights, new: MergedWeights) -> dict[str, list[Window]]:
+        """Where the model has what either mixture changes; without those of other kinds."""
+        copies = {**old.copies, **new.copies}
+        changed = [n for n in dict.fromkeys([*old.changed, *new.changed]) if n not in old.new]
+        wanted = {
+            name: [new.renamed(own) for own in (name, *(h for h in copies if copies[h] == name))]
+            for name in changed
+            if name not in new.new
+        }
+        storages = live_storages(self._model)
+        for name, windows in list(self._windows.items()):
+            if any(w.live.untyped_storage().data_ptr() not in storages for w in windows or ()):
+                del self._windows[name]  # it was loaded again, elsewhere
+        lacking = [
+            (own, _like(new.base[name], new.shapes[own]))
+            for name, names in wanted.items()
+            for own in names
+            if own not in self._windows
+        ]
+        with set_current_vllm_config(self.worker.vllm_config):
+            self._windows.update(find_windows(self._model, lacking))
+        found: dict[str, list[Window]] = {}
+        for name, names in wanted.items():
+            here = [self._windows.get(own) for own in names]
+            if None not in here:
+                found[name] = [window for windows in here for window in windows or ()]
+        return found
 
     def _open_current(self) -> MergedWeights:
         """What the model has, from the swap before or as the load config has it."""
@@ -322,6 +360,11 @@ def _batches(patches: Iterable[CheckpointWeightPatch]) -> Iterator[list[Checkpoi
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a shape, the given one where it has it."""
+    return tensor if tuple(tensor.shape) == shape else tensor.new_empty(shape)
 
 
 def _tell(shape: tuple[int, ...] | None) -> str:
