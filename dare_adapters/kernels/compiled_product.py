@@ -153,7 +153,7 @@ def _list_of(count: int) -> type[ctypes.Array[ctypes.c_void_p]]:
 def _describe(delta: PackedDelta) -> _Known:
     layout, tensors = delta.layout, delta.tensors()
     if not layout.is_sparse:
-        return delta.prepared.setdefault(_NAME, _Known(0, 0, None))
+        return _kept(delta, _Known(0, 0, None))
     made = _Delta(
         kind=layout.kind,
         rows=layout.rows,
@@ -168,13 +168,20 @@ def _describe(delta: PackedDelta) -> _Known:
         made.index_bytes = tensors["column_index"].element_size()
     for name, tensor in tensors.items():
         setattr(made, name, tensor.data_ptr())
-    return delta.prepared.setdefault(_NAME, _Known(ctypes.addressof(made), layout.width, made))
+    return _kept(delta, _Known(ctypes.addressof(made), layout.width, made))
+
+
+def _kept(delta: PackedDelta, known: _Known) -> _Known:
+    """With the delta from now on; what another thread put there first is as good."""
+    found = delta.prepared.setdefault(_NAME, known)
+    assert isinstance(found, _Known)
+    return found
 
 
 @lru_cache(maxsize=1)
 def _fork_join() -> int | None:
     """GOMP_parallel of the OpenMP that PyTorch runs on, whose threads are awake, if it is GNU's."""
-    if _forked or not torch.backends.openmp.is_available():
+    if _forked or not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
