@@ -13,7 +13,8 @@ help: ## what there is
 
 setup: $(VENV)/.installed ## an environment with everything that is tested
 
-$(VENV)/.installed: setup.cfg constraints.txt
+LOOPS := $(wildcard dare_adapters/*.[ch] dare_adapters/*/*.[ch])
+$(VENV)/.installed: setup.cfg constraints.txt $(LOOPS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
