@@ -68,7 +68,7 @@ $(MERGEKIT)/.installed: constraints.txt
 # vLLM has another transformers than the main environment: live models are tested with both.
 OTHER_TRANSFORMERS := tests/test_live.py tests/test_patch.py tests/test_end_to_end.py
 
-test-vllm: $(VLLM)/.installed ## engines of a real vLLM on the CPU; ten minutes
+test-vllm: $(VLLM)/.installed ## engines of a real vLLM on the CPU; twenty minutes
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -m "vllm or not vllm"
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(OTHER_TRANSFORMERS) tests/eval/lm/test_vllm_backend.py
 
