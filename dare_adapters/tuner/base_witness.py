@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,11 +92,9 @@ def _own_view(place: LiveParameter, owner: Owner, merged: set[int]) -> MatrixVie
 
 
 def _merged(model: nn.Module) -> set[int]:
-    """The modules whose weights are not the base's just now."""
-    return {id(module) for module in _merged_modules(model)}
-
-
-def _merged_modules(model: nn.Module) -> Iterator[nn.Module]:
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and getattr(layer, "merged_adapters", None):
-            yield layer.get_base_layer()
+    """The modules whose weights are not the base's just now, by `id`."""
+    return {
+        id(layer.get_base_layer())
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and getattr(layer, "merged_adapters", None)
+    }

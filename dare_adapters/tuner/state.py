@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from dare_adapters.delta import Delta, NewParameter, WeightedDelta
+from dare_adapters.delta import NewParameter, WeightedDelta, join_added_rows
 from dare_adapters.patch import Change, Patch
 from dare_adapters.tuner.exchange import tensor_of
 from dare_adapters.tuner.holder import DareHolder
@@ -162,18 +162,9 @@ class DareState(DareHolder, BaseTunerLayer):  # type: ignore[misc]
                         change.value = delta.value
                 elif change.value is None:
                     change.deltas.append(WeightedDelta(delta))
-                    self._grow(change, delta)
+                    rows = [change.added_rows, delta.added_rows]
+                    change.added_rows = join_added_rows(rows)
         return list(changes.values())
-
-    @staticmethod
-    def _grow(change: Change, delta: Delta) -> None:
-        added, have = delta.added_rows, change.added_rows
-        if added is None:
-            return
-        if have is None:
-            change.added_rows = added
-        elif len(added) > len(have):
-            change.added_rows = torch.cat([have, added[len(have) :].to(have.dtype)])
 
     @torch.no_grad()
     def _check_finite(self, wanted: Sequence[str], names: Sequence[str]) -> None:
