@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -71,10 +72,15 @@ class Residency:
 
 
 def export_metrics() -> None:
-    """Have this process's /metrics tell what its workers hold; the first process's directory."""
+    """Have this process's /metrics tell what its workers hold.
+
+    Processes of one server share the directory that its first process made. A server that was
+    started by another one's process, or by a program with an engine in it, inherits that one's
+    environment but not its numbers: only multiprocessing's children belong together.
+    """
     from prometheus_client import REGISTRY
 
-    if DIRECTORY not in os.environ:
+    if DIRECTORY not in os.environ or multiprocessing.parent_process() is None:
         directory = tempfile.mkdtemp(prefix="dare-vllm-")
         os.environ[DIRECTORY] = directory
         owner = os.getpid()
