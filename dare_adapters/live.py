@@ -170,8 +170,8 @@ def _own_names(owners: Owners) -> dict[str, LiveParameter]:
     """Every parameter under its live name, which adapters that were trained live (LoRA) use."""
     found = {}
     for name, tensor in owners.items():
-        strides = torch.empty(tensor.shape, device="meta").stride()
-        found[name] = LiveParameter(name, tuple(tensor.shape), 0, tuple(strides))
+        shape = tuple(tensor.shape)
+        found[name] = LiveParameter(name, shape, 0, _contiguous_strides(shape))
     return found
 
 
@@ -196,17 +196,19 @@ def locate_all(model: nn.Module, owners: Owners | None = None) -> dict[str, Live
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Window)
         for name, tensor in owners.items()
     }
-    owner_of = {_storage_id(tensor): name for name, tensor in stand_ins.items()}
+    windows = _undo_conversion(model, dict(stand_ins))
     found: dict[str, LiveParameter] = {}
     lost: list[str] = []
-    for name, window in _undo_conversion(model, dict(stand_ins)).items():
-        owner = owner_of.get(_storage_id(window))
-        if owner is None:
-            lost.append(name)
-            continue
-        found[name] = LiveParameter(
-            owner, tuple(window.shape), int(window.storage_offset()), tuple(window.stride())
-        )
+    with torch._C.DisableTorchFunctionSubclass():  # to ask a window is quicker so
+        owner_of = {_storage_id(tensor): name for name, tensor in stand_ins.items()}
+        for name, window in windows.items():
+            owner = owner_of.get(_storage_id(window))
+            if owner is None:
+                lost.append(name)
+                continue
+            found[name] = LiveParameter(
+                owner, tuple(window.shape), int(window.storage_offset()), tuple(window.stride())
+            )
     if lost:
         seen = {parameter.owner for parameter in found.values()}
         found.update(_locate_by_position(model, {n: t for n, t in owners.items() if n not in seen}))
@@ -355,17 +357,23 @@ def _unpatchable(tensor: torch.Tensor) -> str | None:
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    expected = _contiguous_strides(shape)
+    return all(n == 1 or a == b for n, a, b in zip(shape, strides, expected, strict=True))
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, size = [], 1
+    for extent in reversed(shape):
+        strides.append(size)
+        size *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 def _fold(owner: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
     """Row and column stride of the matrix that a window is."""
     rows, columns = matrix_shape(shape)
+    if _contiguous(shape, strides):
+        return columns, 1
     meta = torch.empty_strided(shape, strides, device="meta")
     try:
         folded = meta.view(rows, columns)

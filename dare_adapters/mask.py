@@ -71,6 +71,7 @@ def block_size(drop_rate: float) -> int | None:
     return block if fits else None
 
 
+@lru_cache(maxsize=1 << 14)
 def parameter_key(name: str) -> int:
     """The 64-bit word that stands for a parameter's name in the generator's key."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
