@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dare_adapters.memory_block import MemoryBlock
 from dare_adapters.shared_library import load_library
 
 __all__ = [
@@ -147,13 +148,18 @@ def apply_rows(
     slots: int,
     start: int,
     stop: int,
+    memory: MemoryBlock | None = None,
 ) -> torch.Tensor:
     """Add a delta to rows of `target` (flat, from the parameter's first entry), in place.
 
     Returns:
-        What was there, (n * slots,).
+        What was there, (n * slots,), in `memory`.
     """
-    originals = torch.empty((stop - start) * slots, dtype=target.dtype)
+    count = (stop - start) * slots
+    if memory is None:
+        originals = torch.empty(count, dtype=target.dtype)
+    else:
+        originals = memory.take(count, target.dtype)
     room = torch.empty(slots, dtype=torch.int64)
     change, sums = torch.empty(2, slots + 8).unbind()
     _library().dare_apply(

@@ -12,6 +12,7 @@ import torch
 from dare_adapters import compiled, compiled_selection
 from dare_adapters.mask import BlockedSupport, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
+from dare_adapters.memory_block import MemoryBlock
 
 __all__ = [
     "Delta",
@@ -209,10 +210,24 @@ class Delta(ABC):
         """Forget what was computed for reading; it is computed again if it is read again."""
 
     def apply_compiled(
-        self, target: MatrixView, weight: float, start: int, stop: int
+        self,
+        target: MatrixView,
+        weight: float,
+        start: int,
+        stop: int,
+        memory: MemoryBlock | None = None,
     ) -> torch.Tensor | None:
-        """Add the change in place without Python's lock; what was there, or None: it cannot be."""
+        """Add the change in place without Python's lock; what was there, or None: it cannot be.
+
+        Args:
+            memory: where what was there is kept.
+        """
         return None
+
+    @property
+    def kept_entries(self) -> int:
+        """How many entries :meth:`apply_compiled` keeps of all rows together; 0: it cannot be."""
+        return 0
 
     def restore_compiled(
         self, target: MatrixView, originals: torch.Tensor, start: int, stop: int

@@ -19,6 +19,7 @@ from torch import nn
 from dare_adapters.delta import Delta, WeightedDelta
 from dare_adapters.errors import ArchitectureMismatchError
 from dare_adapters.live import LiveParameter, check_patchable
+from dare_adapters.memory_block import MemoryBlock
 from dare_adapters.parallel import worker_pool
 from dare_adapters.row_sums import apply_rows
 from dare_adapters.vocabulary import Resized, grow_rows, shrink_rows
@@ -61,6 +62,7 @@ class _Restorable:
     recall: Delta | None = None
     resized: Resized | None = None
     original: torch.Tensor | None = None
+    memory: MemoryBlock | None = None
 
 
 class Patch:
@@ -85,7 +87,12 @@ class Patch:
         try:
             for change in changes:
                 self._done.append(self._prepare(model, change))
+            memory = MemoryBlock(sum(_kept_bytes(model, item) for item in self._done))
+            for item in self._done:
+                item.memory = memory
             self._each_range(model, self._done, _write)
+            for item in self._done:
+                item.memory = None  # what was taken of it stays
         except BaseException:
             self.restore(model)
             raise
@@ -188,7 +195,7 @@ def _write(model: nn.Module, item: _Restorable, number: int) -> None:
     deltas = item.change.deltas
     view = item.change.target.view(model, item.shape)
     with _mode(view.storage):
-        index, originals = apply_rows(view, deltas, start, stop)
+        index, originals = apply_rows(view, deltas, start, stop, item.memory)
     keep = None
     if index is not None and item.recall is None:
         small = (stop - start) * view.columns < _INT32_ENTRIES
@@ -198,6 +205,14 @@ def _write(model: nn.Module, item: _Restorable, number: int) -> None:
         for weighted in deltas:
             weighted.delta.release()
         item.change.deltas = []  # what was computed is not needed again
+
+
+def _kept_bytes(model: nn.Module, item: _Restorable) -> int:
+    """What :func:`_write` will keep, as far as that is known ahead."""
+    owner = item.change.target.tensor(model)
+    if item.recall is None or owner.device.type != "cpu":
+        return 0
+    return item.recall.kept_entries * owner.element_size()
 
 
 def _put_back(model: nn.Module, item: _Restorable, number: int) -> None:

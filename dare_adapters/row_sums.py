@@ -14,14 +14,22 @@ import torch
 from dare_adapters import compiled
 from dare_adapters.delta import WeightedDelta
 from dare_adapters.matrix import MatrixView
+from dare_adapters.memory_block import MemoryBlock
 
 __all__ = ["add_rows", "apply_rows", "flat_terms", "sum_rows"]
 
 
 def apply_rows(
-    target: MatrixView, deltas: Sequence[WeightedDelta], start: int, stop: int
+    target: MatrixView,
+    deltas: Sequence[WeightedDelta],
+    start: int,
+    stop: int,
+    memory: MemoryBlock | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Add the deltas to rows start … stop - 1 of `target`, which holds base values, in place.
+
+    Args:
+        memory: where what was there is kept, as far as it is made for that.
 
     Returns:
         index: where was written, int64 (m,) relative to row `start`; None: everywhere, or where
@@ -30,7 +38,7 @@ def apply_rows(
     """
     deltas = flat_terms(deltas)
     if len(deltas) == 1:
-        kept = deltas[0].delta.apply_compiled(target, deltas[0].weight, start, stop)
+        kept = deltas[0].delta.apply_compiled(target, deltas[0].weight, start, stop, memory)
         if kept is not None:
             return None, kept
     index, change = sum_rows(deltas, start, stop)

@@ -12,6 +12,7 @@ from dare_adapters.delta import Delta
 from dare_adapters.errors import AdapterFormatError
 from dare_adapters.mask import BlockedSupport, Slots, Support
 from dare_adapters.matrix import MatrixView
+from dare_adapters.memory_block import MemoryBlock
 from dare_adapters.scales import largest_scale, load_scales
 
 __all__ = ["SparseDelta"]
@@ -80,7 +81,12 @@ class SparseDelta(Delta):
         return slots.index.view(-1) if slots.repeatable else slots.compact(slots.index)
 
     def apply_compiled(
-        self, target: MatrixView, weight: float, start: int, stop: int
+        self,
+        target: MatrixView,
+        weight: float,
+        start: int,
+        stop: int,
+        memory: MemoryBlock | None = None,
     ) -> torch.Tensor | None:
         if target.device.type != "cpu":
             return self._apply_on_device(target, weight, start, stop)
@@ -98,9 +104,14 @@ class SparseDelta(Delta):
             self.support.slots_per_row,
             start,
             stop,
+            memory,
         )
         target.mark_written()
         return originals
+
+    @property
+    def kept_entries(self) -> int:
+        return 0 if self._packed_support is None else self.rows * self.support.slots_per_row
 
     def restore_compiled(
         self, target: MatrixView, originals: torch.Tensor, start: int, stop: int
