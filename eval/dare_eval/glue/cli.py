@@ -217,7 +217,8 @@ def merge(  # noqa: PLR0917 (typer reads options from the signature)
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas between; also breadcrumbs, della, sce, karcher, model_stock, widen."
+            help="With commas between; also breadcrumbs, breadcrumbs_ties, magnitude_prune, della, "
+            "della_linear, sce, slerp, nuslerp, karcher, model_stock, widen."
         ),
     ] = "average,task_arithmetic,fisher,regmean,ties",
     sizes: Annotated[

@@ -51,18 +51,25 @@ OTHER_METHODS: dict[str, list[dict[str, Any]]] = {
     "breadcrumbs": [
         {"density": density, "lambda_": scale} for density in (0.15, 0.9) for scale in (0.5, 1.0)
     ],
+    "breadcrumbs_ties": [
+        {"density": density, "lambda_": scale} for density in (0.15, 0.9) for scale in (0.5, 1.0)
+    ],
+    "magnitude_prune": [{"density": 0.3, "lambda_": scale} for scale in (0.3, 0.5, 1.0)],
     "della": [{"density": 0.3, "lambda_": scale} for scale in (0.3, 0.5, 1.0)],
+    "della_linear": [{"density": 0.3, "lambda_": scale} for scale in (0.3, 0.5, 1.0)],
     "sce": [
         {"select_topk": share, "lambda_": scale}
         for share, scale in ((0.3, 1.0), (1.0, 0.5), (1.0, 0.7), (1.0, 1.0))
     ],
+    "slerp": [{}],
+    "nuslerp": [{"on_deltas": True}, {"on_deltas": False}],
     "karcher": [{}],
     "model_stock": [{"filter_wise": False}, {"filter_wise": True}],
     "widen": [{"score_calibration_value": value} for value in (0.5, 1.0)],
 }
 """Those of methods that came after it."""
 
-RANDOM = ("della",)  # without DARE before them
+RANDOM = ("della", "della_linear")  # without DARE before them
 
 
 @dataclass(frozen=True)

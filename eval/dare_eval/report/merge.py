@@ -27,12 +27,18 @@ NAMES = {
     "regmean": "RegMean",
     "ties": "TIES",
     "breadcrumbs": "Breadcrumbs",
+    "breadcrumbs_ties": "Breadcrumbs TIES",
+    "magnitude_prune": "magnitude",
     "della": "DELLA",
+    "della_linear": "MAGPRUNE",
     "sce": "SCE",
+    "slerp": "SLERP",
+    "nuslerp": "NuSLERP",
     "karcher": "Karcher",
     "model_stock": "Model Stock",
     "widen": "WIDEN",
 }
+_CROWDED = 8
 
 
 def merge_table(records: Sequence[Record], name: str) -> Table:
@@ -99,7 +105,8 @@ def merge_figure(records: Sequence[Record]) -> Any:
         base = _mean_share(of_base, singles["finetuned"])
         place.axhline(base, color="#555555", linestyle=":", linewidth=1, label="base encoder")
         labels = [NAMES.get(method, method) for method in methods]
-        place.set_xticks(range(len(methods)), labels, rotation=25, fontsize=7)
+        turn = 25 if len(methods) < _CROWDED else 90
+        place.set_xticks(range(len(methods)), labels, rotation=turn, fontsize=7)
         place.set_title(" + ".join(map(title_of, group)), fontsize=9)
         place.set_ylim(min(0.0, base), 1.15)
     figure.supylabel("score / single model's", fontsize=9)
