@@ -84,7 +84,7 @@ def mixed_forward(layer: DareLayer, args: tuple[Any, ...], kwargs: dict[str, Any
         count = len(rows)
     per_row = _inputs_per_row(layer, len(rows), count, args, kwargs)
     assert count is not None
-    if can_add(layer, present):
+    if can_add(layer, present, rows=True):
         return forward_with_deltas(layer, present, _slots(rows, present, per_row), args, kwargs)
     return _by_adapter(layer, rows, per_row, count, args, kwargs)
 

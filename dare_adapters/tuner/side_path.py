@@ -1,7 +1,7 @@
 """A layer's output with the base's weight, and deltas added from their packed form.
 
 y = layer(x) + x Δᵀ for layers that multiply, y = layer(i) + Δ[i] for those that look up, where each
-input may have a delta of its own. No delta becomes dense.
+input may have a delta of its own. No delta becomes dense, nor a weight to which one adds rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dare_adapters.errors import UnsupportedParameterError
 from dare_adapters.kernels import PackedDelta, sparse_delta_linear
 from dare_adapters.mask import matrix_shape
+from dare_adapters.tuner.added_rows import GrownVocabulary
 from dare_adapters.tuner.packed_base import packed_shape
 from dare_adapters.tuner.stored import StoredParameter
 
@@ -34,13 +35,19 @@ _FEW_TOKENS = 32
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def can_add(layer: DareLayer, adapters: Sequence[str]) -> bool:
-    """Whether what these adapters change can be added to the layer's output."""
+def can_add(layer: DareLayer, adapters: Sequence[str], *, rows: bool = False) -> bool:
+    """Whether what these adapters change can be added to the layer's output.
+
+    Args:
+        layer: to look at.
+        adapters: of which it has changes.
+        rows: rows that an adapter adds to a vocabulary, too; :func:`forward_with_deltas` can.
+    """
     kind = _kind(layer.owner)
     if kind is None or any(local in layer.tied for local in layer.changed_by(adapters)):
-        return kind is not None and _tied_whole(layer, adapters)
+        return kind is not None and _tied_whole(layer, adapters, rows)
     return all(
-        _fits(layer.owner, kind, one)
+        _fits(layer.owner, kind, one, rows)
         for name in adapters
         for one in layer.dare_stored.get(name, ())
     )
@@ -56,14 +63,33 @@ def forward_with_deltas(
     """The layer's output, each input with the delta of its slot.
 
     Args:
-        layer: one that :func:`can_add`.
+        layer: one that :func:`can_add`, rows too.
         adapters: the adapter of each slot.
         slots: int64, of each entry of the input's first dimension; -1 for none.
         args, kwargs: of the forward.
     """
     x = args[0] if args else next(iter(kwargs.values()))
-    made: torch.Tensor = layer.base_layer(*args, **kwargs)
-    return _added(layer, adapters, slots, x, made)
+    kind = _kind(layer.owner)
+    if kind not in ("embedding", "linear") or "weight" not in layer.changed_by(adapters):
+        return _added(layer, adapters, slots, x, layer.base_layer(*args, **kwargs))
+    vocabulary = GrownVocabulary(layer, adapters, x.device)
+    if not vocabulary:
+        return _added(layer, adapters, slots, x, layer.base_layer(*args, **kwargs))
+    token_slot = _token_slots(slots, x if kind == "embedding" else x[..., 0])
+    if kind == "embedding":
+        made = _added(layer, adapters, slots, x, layer.base_layer(vocabulary.of_base(x)))
+        flat = made.reshape(-1, made.shape[-1])
+        vocabulary.read(flat, x.reshape(-1), token_slot)
+        return flat.view(made.shape)
+    made = _added(layer, adapters, slots, x, layer.base_layer(x))
+    wide = vocabulary.answer(made.reshape(-1, made.shape[-1]), _matrix(x), token_slot)
+    return wide.view(*made.shape[:-1], -1)
+
+
+def _token_slots(slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The slot of each token of inputs that all have as many; int64 (tokens,)."""
+    count = tokens.numel()
+    return slots.repeat_interleave(count // max(len(slots), 1)).to(tokens.device)
 
 
 def _added(
@@ -79,9 +105,8 @@ def _added(
         made = made.clone()
     if kind == "convolution":
         return _add_convolution(layer, owner, adapters, slots, x, made)
-    tokens = math.prod(x.shape if kind == "embedding" else x.shape[:-1])
-    token_slot = slots.repeat_interleave(tokens // max(len(slots), 1)).to(made.device)
-    flat = made.reshape(tokens, made.shape[-1])
+    token_slot = _token_slots(slots, x if kind == "embedding" else x[..., 0])
+    flat = made.reshape(len(token_slot), made.shape[-1])
     for window, deltas in _weights(layer, adapters, made.device).items():
         start, rows = window
         if kind == "embedding":
@@ -156,9 +181,9 @@ def _kind(owner: nn.Module) -> str | None:
     return None
 
 
-def _fits(owner: nn.Module, kind: str, one: StoredParameter) -> bool:
+def _fits(owner: nn.Module, kind: str, one: StoredParameter, rows: bool) -> bool:
     entry, window, local = one.held, one.placement.window, one.placement.local
-    if entry.kind == "new" or entry.added_rows:
+    if entry.kind == "new" or (entry.added_rows and not (rows and _may_grow(owner, kind, one))):
         return False
     if local == "bias":
         return window.whole and entry.shape == window.shape
@@ -175,7 +200,15 @@ def _fits(owner: nn.Module, kind: str, one: StoredParameter) -> bool:
     return kind != "convolution" or matrix_shape(entry.shape)[0] == entry.shape[0]
 
 
-def _tied_whole(layer: DareLayer, adapters: Sequence[str]) -> bool:
+def _may_grow(owner: nn.Module, kind: str | None, one: StoredParameter) -> bool:
+    """Whether added rows are a vocabulary's, of a layer that has nothing else of its size."""
+    alone = kind == "embedding" or (kind == "linear" and owner._parameters.get("bias") is None)
+    weight = owner._parameters.get("weight")
+    plain = weight is not None and packed_shape(owner, "weight", weight) is None
+    return alone and plain and one.placement.local == "weight" and one.placement.window.whole
+
+
+def _tied_whole(layer: DareLayer, adapters: Sequence[str], rows: bool) -> bool:
     """Whether the deltas of a tied weight are whole ones of a layer that can add them."""
     for local in layer.changed_by(adapters):
         if local not in layer.tied:
@@ -188,7 +221,7 @@ def _tied_whole(layer: DareLayer, adapters: Sequence[str]) -> bool:
                     kind in ("linear", "embedding")
                     and one.placement.window.whole
                     and one.held.kind != "new"
-                    and not one.held.added_rows
+                    and (not one.held.added_rows or (rows and _may_grow(layer.owner, kind, one)))
                 ):
                     return False
     return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 import dare_adapters
 from dare_adapters import DareConfig
+from dare_adapters.tuner.holder import DareHolder
 from tests.conftest import PackMaker, all_bytes
 from tests.tuner.architectures import ARCHITECTURES, logits
 
@@ -191,6 +193,54 @@ def test_rows_of_a_batch_have_the_words_of_their_own_adapter(grown: Grown) -> No
             alone = answer(full[name], inputs["input_ids"][row : row + 1], num_beams=beams)[0]
             length = min(len(alone), len(together[row]))
             assert together[row][:length] == alone[:length], name
+
+
+def test_a_batch_of_several_makes_no_weight_of_any_adapters_size(
+    grown: Grown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = grown.loaded("eight", "none", "three")
+    of_words = {grown.words + more for more in GROWTH.values()}
+    made = DareHolder.effective_of
+
+    def effective_of(self: DareHolder, local: str, adapters: Sequence[str]) -> torch.Tensor:
+        value = made(self, local, adapters)
+        assert value.shape[0] not in of_words
+        return value
+
+    monkeypatch.setattr(DareHolder, "effective_of", effective_of)
+    with pytest.raises(AssertionError), torch.no_grad():
+        model(**grown.inputs)  # one adapter alone: such a weight is made, and found
+    inputs = {name: tokens[:1].repeat(4, 1) for name, tokens in grown.new_words().items()}
+    for tokens in inputs.values():
+        tokens[1:, 2:4] = 5
+    with torch.no_grad():
+        model(**inputs, adapter_names=["eight", "none", "three", "__base__"])
+
+
+def test_rows_that_a_padded_base_has_already_are_each_adapters_own(grown: Grown) -> None:
+    base = grown.live()
+    base.resize_token_embeddings(grown.words + 5)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[grown.words :].normal_()
+    model = PeftModel.from_pretrained(base, grown.adapters["eight"], "eight")
+    model.load_adapter(grown.adapters["three"], "three")
+    model.eval()
+    names = ["three", "eight", "__base__"]
+    inputs = {name: tokens[:1].repeat(3, 1) for name, tokens in grown.inputs.items()}
+    for tokens in inputs.values():
+        tokens[:, 1:4] = torch.tensor([grown.words + 1, grown.words + 2, grown.words + 4])
+        tokens[1, 1] = grown.words + 7
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            own = {key: tokens[row : row + 1] for key, tokens in inputs.items()}
+            with model.disable_adapter() if name == "__base__" else nullcontext():
+                if name != "__base__":
+                    model.set_adapter(name)
+                expected = model(**own).logits[0]
+            width = expected.shape[-1]
+            assert torch.allclose(mixed[row, :, :width], expected, atol=1e-5)
+            assert bool((mixed[row, :, width:] == -torch.inf).all())
 
 
 def test_a_word_that_a_rows_adapter_lacks_is_refused_unless_it_is_masked(grown: Grown) -> None:
