@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dare_adapters
+from tests.checkpoints import write_checkpoint
+from tests.golden.make_golden import golden_checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -77,6 +79,16 @@ def tiny_llama(**changes: object) -> LlamaConfig:
         "eos_token_id": 2,
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def golden_pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Base and fine-tune of the golden adapters."""
+    base, finetuned = golden_checkpoints()
+    return (
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "finetuned", finetuned),
+    )
 
 
 @dataclass(frozen=True)
