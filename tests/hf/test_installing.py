@@ -1,9 +1,6 @@
-"""What importing the library does, and the errors that it raises."""
+"""The methods are installed once, and the errors are what their names say."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 from transformers import PreTrainedModel
 
@@ -16,17 +13,6 @@ from dare_adapters.errors import (
     BaseMismatchError,
     DareError,
 )
-
-
-def test_importing_the_library_imports_none_of_the_heavy_optional_ones():
-    program = (
-        "import sys, dare_adapters; "
-        "print([m for m in ('vllm', 'datasets', 'evaluate', 'peft') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
 
 
 def test_installing_the_methods_twice_changes_nothing():
