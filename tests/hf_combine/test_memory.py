@@ -20,7 +20,6 @@ from tests.hf_combine.combined_models import Tensors, loaded, nbytes, reference
 @contextmanager
 def new_tensors() -> Iterator[Callable[[], int]]:
     """Tells the bytes of tensors that were made inside the block and still are there."""
-    gc.collect()
     gc.freeze()  # what is there already is not listed any more
 
     def total() -> int:
