@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from tests.checkpoints import write_checkpoint
 from tests.golden.make_golden import golden_checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Whatever was imported stays: no search for garbage need go through its million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

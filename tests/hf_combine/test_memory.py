@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from tests.conftest import Pack, all_bytes
 from tests.hf_combine.combined_models import Tensors, loaded, nbytes, reference
 
 
-@contextmanager
-def new_tensors() -> Iterator[Callable[[], int]]:
-    """Tells the bytes of tensors that were made inside the block and still are there."""
+def watch_tensors() -> Callable[[], int]:
+    """Tells the bytes of tensors that were made since and still are there."""
     gc.freeze()  # what is there already is not listed any more
 
     def total() -> int:
@@ -31,10 +29,7 @@ def new_tensors() -> Iterator[Callable[[], int]]:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
-    try:
-        yield total
-    finally:
-        gc.unfreeze()
+    return total
 
 
 def changes(deltas: Tensors) -> int:
@@ -49,16 +44,16 @@ def test_what_is_kept_is_what_restores_the_base_and_nothing_more(pack: Pack, kin
     touched = changes(reference(pack, "ab", [1, 1], "linear", {}))
     changed = changes(reference(pack, "ab", weights, kind, options))
     patch = model._dare_live_adapters.patch
-    with new_tensors() as total:
-        model.set_dare_adapter("m")
-        assert patch.nbytes // 2 <= total() <= patch.nbytes + 4096
+    made = watch_tensors()
+    model.set_dare_adapter("m")
+    assert patch.nbytes // 2 <= made() <= patch.nbytes + 4096
     if kind in PARAMETER_METHODS:
         assert patch.nbytes <= nbytes(model)
     else:  # an original and a position, of what an adapter changes
         assert 4 * changed <= patch.nbytes <= 8 * touched * 1.02
-    with new_tensors() as total:
-        model.disable_dare_adapters()
-        assert total() <= 4096
+    made = watch_tensors()
+    model.disable_dare_adapters()
+    assert made() <= 4096
     assert patch.nbytes == 0
 
 
