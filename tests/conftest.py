@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,16 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dare_adapters
+from tests.checkpoints import write_checkpoint
+from tests.golden.make_golden import golden_checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Whatever was imported stays: no search for garbage need go through its million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,16 @@ def tiny_llama(**changes: object) -> LlamaConfig:
         "eos_token_id": 2,
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def golden_pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Base and fine-tune of the golden adapters."""
+    base, finetuned = golden_checkpoints()
+    return (
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "finetuned", finetuned),
+    )
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,6 @@ def tensors_of(adapter: Adapter | Path) -> bytes:
 
 
 @pytest.fixture
-def golden_pair(tmp_path: Path) -> tuple[Path, Path]:
-    """Base and fine-tune of the golden adapters."""
-    base, finetuned = golden_checkpoints()
-    return (
-        write_checkpoint(tmp_path / "base", base),
-        write_checkpoint(tmp_path / "finetuned", finetuned),
-    )
-
-
-@pytest.fixture
 def keep_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield

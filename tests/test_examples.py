@@ -48,7 +48,7 @@ def rows_of(printed: str, part: int) -> list[list[str]]:
 
 def test_the_demo_shows_sizes_skills_drop_rates_and_a_restored_base(tmp_path: Path):
     out = tmp_path / "demo"
-    printed = run("demo.py", "--count", 20, "--seeds", 1, "--out", out, cwd=tmp_path)
+    printed = run("demo.py", "--count", 12, "--seeds", 1, "--out", out, cwd=tmp_path)
     for title in ("1. Extract: sizes", "2. Load: ", "3. Drop rate against", "4. Base restored"):
         assert title in printed, title
 

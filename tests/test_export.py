@@ -29,7 +29,7 @@ from dare_adapters.errors import (
     CheckpointMismatchError,
 )
 from tests.conftest import Pack, PackMaker, all_bytes, read_checkpoint, tiny_llama
-from tests.test_hf import task_pack
+from tests.hf.packs import task_pack
 from tests.test_live import mixtral_config
 from tests.test_patch import EXACT, grown_pack
 

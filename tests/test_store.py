@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+import dare_adapters
 from dare_adapters.adapter import Adapter
 from dare_adapters.adapter_writer import AdapterWriter
 from dare_adapters.combine.combination import Combination
@@ -41,6 +38,7 @@ from tests.combine.sources import (
     normal,
 )
 from tests.conftest import Pack, PackMaker, tiny_llama
+from tests.killed_process import kill_while_writing
 from tests.reference import decode_adapter, read_safetensors
 
 TENSORS = "adapter_model.safetensors"
@@ -303,43 +301,16 @@ def test_what_exists_is_refused_before_anything_is_read(tmp_path: Path):
         save_source(Unreadable({"w": DenseDelta(torch.ones(2, 2))}), tmp_path / "out")
 
 
-SLOW_COMBINE = """
-import sys, time
-import dare_adapters
-from dare_adapters.tensor_file import TensorFileWriter
-
-add = TensorFileWriter.add
-def slowly(self, key, tensor):
-    add(self, key, tensor)
-    time.sleep(0.2)
-TensorFileWriter.add = slowly
-dare_adapters.combine(sys.argv[1:-1], sys.argv[-1], progress=False)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_killed_combination_leaves_nothing_that_loads(make_pack: PackMaker, tmp_path: Path):
     pack: Pack = make_pack("plain")
-    out, paths = tmp_path / "out", [str(pack.adapters[name]) for name in "ab"]
-    process = subprocess.Popen([sys.executable, "-c", SLOW_COMBINE, *paths, str(out)])
-    try:
-        deadline = time.monotonic() + 60
-        partial: list[Path] = []
-        while not any(any(path.iterdir()) for path in partial):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-            partial = list(tmp_path.glob(".out.partial-*"))
-    finally:
-        process.kill()
-        process.wait()
-    assert partial[0].exists()
-    assert not out.exists()
-    for left in (out, partial[0]):
+    out, paths = tmp_path / "out", [pack.adapters[name] for name in "ab"]
+    left = kill_while_writing(lambda: dare_adapters.combine(paths, out, progress=False), out)
+    for place in (out, left):
         with pytest.raises(AdapterNotFoundError):
-            Adapter.open(left)
+            Adapter.open(place)
         with pytest.raises(AdapterNotFoundError):
-            open_source(left)
+            open_source(place)
     save_source(Combination([Adapter.open(path) for path in paths], [1, 1]), out)
     Adapter.open(out)
     assert os.listdir(tmp_path) == ["out"]

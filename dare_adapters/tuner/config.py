@@ -271,11 +271,17 @@ class DareConfig(PeftConfig):  # type: ignore[misc]
 
 def _library_of(architecture: str) -> str:
     """Where PEFT's automatic classes shall look for the base's class."""
-    if architecture not in dir(importlib.import_module("transformers")):
+    if not _has("transformers", architecture):
         with suppress(ImportError):
-            if architecture in dir(importlib.import_module("diffusers")):
+            if _has("diffusers", architecture):
                 return "diffusers"
     return "transformers"
+
+
+def _has(library: str, name: str) -> bool:
+    """Whether a library has a name; nothing is imported for it, and `dir` takes half a second."""
+    module = importlib.import_module(library)
+    return name in vars(module) or name in getattr(module, "__all__", ())
 
 
 def _plain(value: Any) -> Any:

@@ -37,8 +37,8 @@ from dare_adapters.statistics import open_statistics, write_statistics
 from dare_adapters.statistics.file import StatisticsInfo
 from tests.combine.sources import kept_at_random, mask_seed
 from tests.conftest import Pack, PackMaker, read_checkpoint, tiny_llama
+from tests.hf.packs import task_pack
 from tests.reference import decode_adapter
-from tests.test_hf import task_pack
 from tests.test_live import bert_config
 from tests.test_patch import EXACT, grown_pack
 

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dare_eval.errors import RecordError
 from dare_eval.records import Records
+from tests.killed_process import forked
 
 CONFIG = {"experiment": "glue-drop", "task": "sst2", "method": "dare", "drop_rate": 0.9, "seed": 0}
 PLAIN = st.recursive(
@@ -119,34 +120,29 @@ def test_no_task_or_method_leaves_the_folder(tmp_path: Path):
 
 def test_a_killed_run_keeps_what_was_finished(tmp_path: Path):
     """The process kills itself, as kill -9 would, while it computes its third cell."""
-    code = (
-        "import os, sys, signal\n"
-        "from dare_eval.records import Records\n"
-        "def cell(seed):\n"
-        "    def run():\n"
-        "        print(seed, flush=True)\n"
-        "        if seed == 2 and sys.argv[2] == 'dies':\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return {'score': seed}\n"
-        "    return {'experiment': 'x', 'seed': seed}, run\n"
-        "Records(sys.argv[1]).run_all((cell(seed) for seed in range(4)), 'x')\n"
-    )
+    begun, root = tmp_path / "begun", tmp_path / "records"
 
-    def run(how: str) -> tuple[int, list[str]]:
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), how],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout.split()
+    def run(dies: bool) -> tuple[int | None, list[str]]:
+        def cell(seed: int) -> tuple[dict[str, object], Callable[[], dict[str, object]]]:
+            def compute() -> dict[str, object]:
+                with begun.open("a") as file:
+                    print(seed, file=file)
+                if seed == 2 and dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return {"score": seed}
 
-    assert run("dies") == (-signal.SIGKILL, ["0", "1", "2"])
-    assert run("lives") == (0, ["2", "3"])
+            return {"experiment": "x", "seed": seed}, compute
+
+        begun.write_text("")
+        with forked(lambda: Records(root).run_all(map(cell, range(4)), "x")) as process:
+            process.join()
+        return process.exitcode, begun.read_text().split()
+
+    assert run(dies=True) == (-signal.SIGKILL, ["0", "1", "2"])
+    assert run(dies=False) == (0, ["2", "3"])
     assert [
         record.result["score"]
-        for record in Records(tmp_path).run_all(
+        for record in Records(root).run_all(
             [({"experiment": "x", "seed": seed}, never) for seed in range(4)], "x"
         )
     ] == [0, 1, 2, 3]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -403,14 +401,6 @@ def test_an_adapter_without_a_task_needs_a_live_model(task: Path, tmp_path: Path
     (adapter / "finetuned_config.json").unlink()
     given = ("--data", task / "data", "--text-column", "sentence1")
     assert "pass it as the base" in refuse(task / "base", adapter, *given)
-
-
-def test_importing_the_package_and_the_command_imports_no_data_library():
-    code = (
-        "import sys, dare_adapters.cli_stats, dare_adapters.statistics\n"
-        "assert not {'datasets', 'transformers', 'pandas'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
 def test_without_datasets_the_message_says_what_to_install(

@@ -51,6 +51,12 @@ def packs(make_pack: PackMaker) -> Packs:
 
 
 @pytest.fixture(scope="session")
+def pack(packs: Packs) -> Pack:
+    """That of the Llama with a head of its own."""
+    return packs("llama")
+
+
+@pytest.fixture(scope="session")
 def start_engine() -> Iterator[Callable[..., Engine]]:
     """Starts engines; those that are asked for again with the same settings are the same one."""
     import dare_vllm

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["Answer", "Engine", "assert_says_the_same"]
+__all__ = ["Answer", "Engine", "assert_says_the_same", "assert_scores_the_same"]
 
 PROMPTS = [[1, 5, 9, 33, 12], [1, 70, 71, 72, 3, 4, 8, 91], [1, 14]]
 
@@ -77,6 +77,26 @@ class Engine:
             for output in outputs
         ]
 
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], **how: Any
+    ) -> list[list[dict[int, float]]]:
+        """For each token of each prompt but the first, its log-probability and the likeliest's."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3, detokenize=False),
+            use_tqdm=False,
+            **how,
+        )
+        return [
+            [
+                {token: value.logprob for token, value in place.items()}
+                for place in output.prompt_logprobs[1:]
+            ]
+            for output in outputs
+        ]
+
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of every parameter, fused and padded as vLLM has them."""
 
@@ -112,3 +132,20 @@ def assert_says_the_same(
         for step, found in zip(expected, answer.logprobs, strict=True):
             for token, logprob in found.items():
                 assert abs(float(step[token]) - logprob) < tolerance
+
+
+def assert_scores_the_same(
+    scores: Sequence[dict[int, float]],
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    tolerance: float = 1e-4,
+) -> None:
+    """Every log-probability of a prompt's tokens is the model's, each token's own among them."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(prompt)])).logits[0].float()
+    for expected, found, own in zip(
+        torch.log_softmax(logits, -1)[:-1], scores, prompt[1:], strict=True
+    ):
+        assert own in found
+        for token, logprob in found.items():
+            assert abs(float(expected[token]) - logprob) < tolerance

@@ -8,15 +8,32 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import requests
 
-__all__ = ["Server"]
+from tests.vllm.engines import Answer
+
+__all__ = ["Completion", "Server"]
 
 START_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Completion(Answer):
+    """An answer over HTTP.
+
+    Attributes:
+        text: the tokens as text, empty where the server has no tokenizer.
+        ended: why it ended there, as OpenAI's API names it.
+    """
+
+    text: str
+    ended: str
 
 
 class Server:
@@ -72,6 +89,31 @@ class Server:
     def get(self, path: str) -> requests.Response:
         """GET."""
         return requests.get(f"{self.address}{path}", headers=self._headers, timeout=60)
+
+    def greedy(self, model: str, prompt: str | Sequence[int], tokens: int = 8) -> Completion:
+        """Continue text or token ids by the model of a name."""
+        response = self.client.completions.create(
+            model=model,
+            prompt=prompt if isinstance(prompt, str) else list(prompt),
+            max_tokens=tokens,
+            temperature=0,
+            logprobs=5,
+            extra_body={
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "skip_special_tokens": False,
+            },
+            timeout=120,
+        )
+        choice = response.choices[0]
+        steps = choice.logprobs.top_logprobs if choice.logprobs is not None else []
+        return Completion(
+            list(choice.token_ids or []),
+            [{int(t.removeprefix("token_id:")): v for t, v in step.items()} for step in steps],
+            choice.text,
+            str(choice.finish_reason),
+        )
 
     @property
     def _headers(self) -> dict[str, str]:

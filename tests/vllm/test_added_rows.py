@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import dare_adapters
 from tests.conftest import Pack, raw_bytes
-from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
-from tests.vllm.grown import grow, merged_grown
+from tests.vllm.dense_models import add_densely
+from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same, assert_scores_the_same
+from tests.vllm.grown import grow
 from tests.vllm.loras import add_lora, write_lora
 from tests.vllm.requests import request_for
 
@@ -79,18 +80,18 @@ def served(
         "five": grow(pack, "b", 5, root / "five"),
     }
     lora = write_lora(pack.live(torch.float32), root / "lora")
-    mix = [(paths["plain"], 0.5), (paths["three"], 0.3), (paths["five"], 0.4)]
+    mix = {paths["plain"]: 0.5, paths["three"]: 0.3, paths["five"]: 0.4}
     requests = {
         "base": None,
         "lora": request_for(lora),
         **{name: request_for(path, name) for name, path in paths.items()},
-        "mix": request_for(mix_path([(str(path), weight) for path, weight in mix])),
+        "mix": request_for(mix_path([(str(path), weight) for path, weight in mix.items()])),
     }
     models = {
         "base": pack.live(torch.float32),
         "lora": add_lora(pack.live(torch.float32), lora),
-        **{name: merged_grown(pack, [(path, 1.0)]) for name, path in paths.items()},
-        "mix": merged_grown(pack, mix),
+        **{name: add_densely(pack, {path: 1.0}) for name, path in paths.items()},
+        "mix": add_densely(pack, mix),
     }
     return Served(start_engine(pack.base, **SETTINGS), pack, paths, requests, models)
 
@@ -126,23 +127,11 @@ def test_every_log_probability_is_there_and_none_is_of_a_token_that_is_not(serve
 
 
 def test_prompts_are_scored_by_their_own_model(served: Served) -> None:
-    from vllm import SamplingParams
-
-    names = [name for name in ADDED for _ in PROMPTS]
-    prompts = [prompt for name in ADDED for prompt in served.prompts(name)]
-    outputs = served.engine.llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3, detokenize=False),
-        lora_request=[served.requests[name] for name in names],
-        use_tqdm=False,
-    )
-    for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        with torch.no_grad():
-            logits = served.models[name](torch.tensor([prompt])).logits[0].float()
-        expected = torch.log_softmax(logits, -1)
-        for place, found in enumerate(output.prompt_logprobs[1:]):
-            for token, value in found.items():
-                assert abs(value.logprob - float(expected[place, token])) < 1e-4
+    jobs = [(name, prompt) for name in ADDED for prompt in served.prompts(name)]
+    requests = [served.requests[name] for name, _ in jobs]
+    scores = served.engine.prompt_logprobs([prompt for _, prompt in jobs], lora_request=requests)
+    for (name, prompt), found in zip(jobs, scores, strict=True):
+        assert_scores_the_same(found, served.models[name], prompt)
 
 
 def sample(engine: Engine, request: Any) -> list[list[int]]:
@@ -219,13 +208,13 @@ def test_a_swap_changes_the_base_beneath_added_tokens(
     three = grow(pack, "a", 3, tmp_path)
     prompt = [*PROMPTS[0], 98, 99]
     own = request_for(three)
-    alone = merged_grown(pack, [(three, 1.0)])
+    alone = add_densely(pack, {three: 1.0})
     assert_says_the_same(engine.greedy([prompt], lora_request=[own]), alone, [prompt])
     b = pack.adapters["b"]
     set_mixture(engine.llm, [b], route=route)
-    both = merged_grown(pack, [(three, 1.0), (b, 1.0)])
+    both = add_densely(pack, {three: 1.0, b: 1.0})
     assert_says_the_same(engine.greedy([prompt], lora_request=[own]), both, [prompt])
-    assert_says_the_same(engine.greedy(), merged_grown(pack, [(b, 1.0)]))
+    assert_says_the_same(engine.greedy(), add_densely(pack, {b: 1.0}))
     set_mixture(engine.llm, [], route=route)
     assert_says_the_same(engine.greedy([prompt], lora_request=[own]), alone, [prompt])
     kept = {name: raw_bytes(value) for name, value in engine.weights().items()}

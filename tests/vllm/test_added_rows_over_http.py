@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-import dare_adapters
 from tests.conftest import Pack
-from tests.vllm.engines import Answer, assert_says_the_same
-from tests.vllm.grown import grow, merged_grown
+from tests.vllm.dense_models import add_densely
+from tests.vllm.engines import assert_says_the_same
+from tests.vllm.grown import extract_grown, grow
 from tests.vllm.server import Server
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
@@ -29,12 +28,6 @@ TEXT, IDS = "w5 w9 <call> w33", [5, 9, 97, 33]
 
 
 @pytest.fixture(scope="module")
-def pack(packs: Callable[[str], Pack]) -> Pack:
-    """The Llama with a head of its own."""
-    return packs("llama")
-
-
-@pytest.fixture(scope="module")
 def tools(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of a fine-tune that has three tokens more, and a tokenizer that knows them."""
     root = tmp_path_factory.mktemp("tools")
@@ -44,15 +37,7 @@ def tools(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2")
     tokenizer.add_tokens(CALLS, special_tokens=True)
     tokenizer.save_pretrained(root / "finetuned")
-    dare_adapters.extract(
-        pack.base,
-        root / "finetuned",
-        root / "with-tokenizer",
-        drop_rate=0.5,
-        bits=8,
-        on_large_delta="ignore",
-        progress=False,
-    )
+    extract_grown(pack, root / "finetuned", root / "with-tokenizer")
     return root / "with-tokenizer"
 
 
@@ -70,38 +55,16 @@ def server(pack: Pack, tools: Path, tmp_path_factory: pytest.TempPathFactory) ->
     found.close()
 
 
-def ask(server: Server, model: str, prompt: str | list[int]) -> tuple[Answer, str]:
-    """A greedy completion, and its text."""
-    response = server.client.completions.create(
-        model=model,
-        prompt=prompt,
-        max_tokens=12,
-        temperature=0,
-        logprobs=5,
-        extra_body={
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            "skip_special_tokens": False,
-        },
-        timeout=120,
-    )
-    choice: Any = response.choices[0]
-    steps = choice.logprobs.top_logprobs
-    logprobs = [{int(t.removeprefix("token_id:")): v for t, v in step.items()} for step in steps]
-    return Answer(list(choice.token_ids), logprobs), choice.text
-
-
 def test_text_with_added_tokens_is_understood_and_they_come_back_as_text(
     server: Server, pack: Pack, tools: Path
 ) -> None:
-    model = merged_grown(pack, [(tools, 1.0)])
-    answer, text = ask(server, "tools", TEXT)
+    model = add_densely(pack, {tools: 1.0})
+    answer = server.greedy("tools", TEXT, 12)
     assert_says_the_same([answer], model, [IDS])
-    again, _ = ask(server, "tools", IDS)
+    again = server.greedy("tools", IDS, 12)
     assert again.tokens == answer.tokens
     words = [*WORDS, *CALLS]
-    assert text.split() == [words[token] for token in answer.tokens]
+    assert answer.text.split() == [words[token] for token in answer.tokens]
     assert any(token >= 97 for token in answer.tokens)
 
 
@@ -109,13 +72,13 @@ def test_text_with_added_tokens_is_understood_and_they_come_back_as_text(
 def test_nobody_else_may_name_them_and_that_is_a_400(server: Server, model: str) -> None:
     for prompt in (TEXT, IDS):
         with pytest.raises(openai.BadRequestError, match="token 97 is out of vocabulary"):
-            ask(server, model, prompt)
-    answer, text = ask(server, model, "w5 w9")
+            server.greedy(model, prompt)
+    answer = server.greedy(model, "w5 w9", 12)
     assert max(answer.tokens) < 97
-    assert "<" not in text
+    assert "<" not in answer.text
 
 
 def test_the_base_and_others_are_answered_as_ever(server: Server, pack: Pack) -> None:
-    plain = merged_grown(pack, [(pack.adapters["b"], 1.0)])
+    plain = add_densely(pack, {pack.adapters["b"]: 1.0})
     for name, model in (("base", pack.live(torch.float32)), ("plain", plain)):
-        assert_says_the_same([ask(server, name, [1, 5, 9])[0]], model, [[1, 5, 9]])
+        assert_says_the_same([server.greedy(name, [1, 5, 9])], model, [[1, 5, 9]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,14 @@ from transformers import PreTrainedModel
 
 from tests.conftest import Pack
 from tests.vllm.conftest import Packs, merged
-from tests.vllm.engines import Answer, assert_says_the_same
-from tests.vllm.server import Server
+from tests.vllm.engines import assert_says_the_same
+from tests.vllm.server import Completion, Server
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
 
 PATH = "/v1/dare/mixture"
 PROMPTS = [[1, 5, 9, 33, 12], [1, 70, 71, 72, 3], [1 + (7 * place) % 90 for place in range(100)]]
-
-
-@pytest.fixture(scope="module")
-def pack(packs: Packs) -> Pack:
-    """The Llama with a head of its own."""
-    return packs("llama")
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +47,9 @@ def _base_again(server: Server) -> Iterator[None]:
     assert server.post(PATH, {"adapters": []}).status_code == 200
 
 
-def ask(server: Server, prompt: Sequence[int], tokens: int = 8) -> tuple[Answer, str]:
-    """A greedy completion of token ids, and how it ended."""
-    response = server.client.completions.create(
-        model="base",
-        prompt=list(prompt),
-        max_tokens=tokens,
-        temperature=0,
-        logprobs=5,
-        extra_body={
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        },
-        timeout=120,
-    )
-    choice: Any = response.choices[0]
-    steps = choice.logprobs.top_logprobs if choice.logprobs is not None else []
-    logprobs = [{int(t.removeprefix("token_id:")): v for t, v in step.items()} for step in steps]
-    return Answer(list(choice.token_ids or []), logprobs), str(choice.finish_reason)
-
-
 def assert_serves(server: Server, model: PreTrainedModel) -> None:
     """What it says is what a transformers model says."""
-    answers = [ask(server, prompt)[0] for prompt in PROMPTS]
+    answers = [server.greedy("base", prompt) for prompt in PROMPTS]
     assert_says_the_same(answers, model, PROMPTS)
 
 
@@ -131,17 +104,17 @@ def test_no_answer_is_begun_by_the_old_weights_and_ended_by_the_new(
 ) -> None:
     prompts = [[1, 5 + number, 9, 33, 12] for number in range(8)]
     length = 90
-    old = [ask(server, prompt, length)[0].tokens for prompt in prompts]
+    old = [server.greedy("base", prompt, length).tokens for prompt in prompts]
     a = str(pack.adapters["a"])
     assert server.post(PATH, {"adapters": [a]}).status_code == 200
-    new = [ask(server, prompt, length)[0].tokens for prompt in prompts]
+    new = [server.greedy("base", prompt, length).tokens for prompt in prompts]
     assert all(one != other for one, other in zip(old, new, strict=True))
     assert server.post(PATH, {"adapters": []}).status_code == 200
     begun = threading.Barrier(len(prompts) + 1)
 
-    def one(prompt: list[int]) -> tuple[Answer, str]:
+    def one(prompt: list[int]) -> Completion:
         begun.wait()
-        return ask(server, prompt, length)
+        return server.greedy("base", prompt, length)
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = [pool.submit(one, prompt) for prompt in prompts]
@@ -149,8 +122,8 @@ def test_no_answer_is_begun_by_the_old_weights_and_ended_by_the_new(
         swapped = server.post(PATH, {"adapters": [a], "in_flight": in_flight})
         assert swapped.status_code == 200, swapped.text
         found = [answer.result() for answer in answers]
-    for (answer, reason), before, after in zip(found, old, new, strict=True):
-        if reason == "abort":
+    for answer, before, after in zip(found, old, new, strict=True):
+        if answer.ended == "abort":
             assert answer.tokens == before[: len(answer.tokens)]
         else:
             assert answer.tokens in (before, after)

@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dare_adapters.errors import UnsupportedParameterError
 from tests.conftest import Pack, PackMaker, raw_bytes
+from tests.vllm.dense_models import merged_densely
 from tests.vllm.engines import PROMPTS, Answer, Engine
 from tests.vllm.models import KINDS, SPREAD
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import Pack
-from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
+from tests.vllm.dense_models import merged_densely
+from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same, assert_scores_the_same
 from tests.vllm.loras import add_lora, write_lora
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -82,23 +83,11 @@ def test_a_batch_of_all_of_them_is_answered_row_by_row(served: Served) -> None:
 
 
 def test_prompts_are_scored_by_their_own_model(served: Served) -> None:
-    from vllm import SamplingParams
-
-    names = [name for name in served.requests for _ in PROMPTS]
-    prompts = PROMPTS * len(served.requests)
-    outputs = served.engine.llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-        lora_request=[served.requests[name] for name in names],
-        use_tqdm=False,
-    )
-    for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        with torch.no_grad():
-            logits = served.models[name](torch.tensor([prompt])).logits[0].float()
-        expected = torch.log_softmax(logits, -1)
-        for place, found in enumerate(output.prompt_logprobs[1:]):
-            token = prompt[place + 1]
-            assert abs(found[token].logprob - float(expected[place, token])) < 1e-4
+    jobs = [(name, prompt) for name in served.requests for prompt in PROMPTS]
+    requests = [served.requests[name] for name, _ in jobs]
+    scores = served.engine.prompt_logprobs([prompt for _, prompt in jobs], lora_request=requests)
+    for (name, prompt), found in zip(jobs, scores, strict=True):
+        assert_scores_the_same(found, served.models[name], prompt)
 
 
 def test_rows_of_the_base_stay_the_base_beside_adapters(served: Served) -> None:

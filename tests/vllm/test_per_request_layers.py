@@ -10,9 +10,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.conftest import PackMaker
+from tests.vllm.dense_models import merged_densely
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
 from tests.vllm.models import KINDS, SPREAD
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from transformers import PreTrainedModel
 
 from tests.conftest import Pack
 from tests.vllm.bad_adapters import BAD_ADAPTERS
-from tests.vllm.engines import PROMPTS, Answer, assert_says_the_same
+from tests.vllm.dense_models import merged_densely
+from tests.vllm.engines import PROMPTS, assert_says_the_same
 from tests.vllm.loras import add_lora, write_lora
-from tests.vllm.requests import merged_densely
 from tests.vllm.server import Server
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
@@ -26,12 +25,6 @@ openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.vllm
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-
-
-@pytest.fixture(scope="module")
-def pack(packs: Callable[[str], Pack]) -> Pack:
-    """The Llama with a head of its own."""
-    return packs("llama")
 
 
 @pytest.fixture(scope="module")
@@ -72,27 +65,6 @@ def server(
     found.close()
 
 
-def ask(server: Server, model: str, prompt: Sequence[int], tokens: int = 6) -> Answer:
-    """A greedy completion of token ids."""
-    response = server.client.completions.create(
-        model=model,
-        prompt=list(prompt),
-        max_tokens=tokens,
-        temperature=0,
-        logprobs=5,
-        extra_body={
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-        },
-        timeout=120,
-    )
-    choice: Any = response.choices[0]
-    steps = choice.logprobs.top_logprobs
-    logprobs = [{int(t.removeprefix("token_id:")): v for t, v in step.items()} for step in steps]
-    return Answer(list(choice.token_ids), logprobs)
-
-
 @pytest.fixture(scope="module")
 def models(pack: Pack, lora: Path) -> dict[str, PreTrainedModel]:
     """What each name must answer like."""
@@ -110,7 +82,7 @@ def test_clients_at_once_are_each_answered_by_the_model_they_named(
 ) -> None:
     jobs = [(name, prompt) for prompt in PROMPTS for name in models]
     with ThreadPoolExecutor(len(jobs)) as clients:
-        answers = list(clients.map(lambda job: ask(server, *job), jobs))
+        answers = list(clients.map(lambda job: server.greedy(*job), jobs))
     for answer, (name, prompt) in zip(answers, jobs, strict=True):
         assert_says_the_same([answer], models[name], [prompt])
     served = {model.id for model in server.client.models.list()}
@@ -119,16 +91,16 @@ def test_clients_at_once_are_each_answered_by_the_model_they_named(
 
 def test_an_adapter_is_found_by_its_name_in_the_directory(server: Server, pack: Pack) -> None:
     expected = merged_densely(pack, {"c": 1.0})
-    assert_says_the_same([ask(server, "on-the-shelf", PROMPTS[0])], expected, PROMPTS[:1])
+    assert_says_the_same([server.greedy("on-the-shelf", PROMPTS[0])], expected, PROMPTS[:1])
     expected = merged_densely(pack, {"c": 0.5, "a": 0.5})
-    answer = ask(server, "on-the-shelf*0.5+math*0.5", PROMPTS[0])
+    answer = server.greedy("on-the-shelf*0.5+math*0.5", PROMPTS[0])
     assert_says_the_same([answer], expected, PROMPTS[:1])
 
 
 @pytest.mark.parametrize("name", ["../shelf/on-the-shelf", "nobody", "on-the-shelf/..", "a/b/c"])
 def test_a_name_that_stands_for_nothing_is_a_404(name: str, server: Server) -> None:
     with pytest.raises(openai.NotFoundError):
-        ask(server, name, PROMPTS[0])
+        server.greedy(name, PROMPTS[0])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +111,7 @@ def test_a_mix_that_cannot_be_made_is_a_400_with_the_reason(
     name: str, reason: str, server: Server
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
-        ask(server, name, PROMPTS[0])
+        server.greedy(name, PROMPTS[0])
 
 
 @pytest.mark.parametrize("kind", list(BAD_ADAPTERS))
@@ -158,14 +130,14 @@ def test_a_bad_adapter_is_a_400_with_the_reason_and_others_are_unharmed(
     assert "cannot be served" in refused.text
     assert reason in refused.json()["error"]["message"]
     with pytest.raises(openai.NotFoundError):
-        ask(server, "bad", PROMPTS[0])
+        server.greedy("bad", PROMPTS[0])
     name = kind.replace(" ", "-")
     shutil.copytree(path, shelf / name)  # the same when a name leads to it
     with pytest.raises(openai.APIStatusError) as asking:
-        ask(server, name, PROMPTS[0])
+        server.greedy(name, PROMPTS[0])
     assert asking.value.status_code == 400
     assert reason in str(asking.value)
-    answer = ask(server, "math", PROMPTS[1])
+    answer = server.greedy("math", PROMPTS[1])
     assert_says_the_same([answer], models["math"], [PROMPTS[1]])
 
 
@@ -180,13 +152,13 @@ def test_a_name_stands_for_what_was_loaded_last(server: Server, pack: Pack) -> N
         assert server.post(LOAD, body).status_code == 200
         prompt = PROMPTS[1] * 10
         assert_says_the_same(
-            [ask(server, "new", prompt)], merged_densely(pack, {kind: 1.0}), [prompt]
+            [server.greedy("new", prompt)], merged_densely(pack, {kind: 1.0}), [prompt]
         )
         assert server.post(UNLOAD, {"lora_name": "new"}).status_code == 200
 
 
 def test_metrics_tell_what_is_held(server: Server, pack: Pack) -> None:
-    ask(server, "math", PROMPTS[0])
+    server.greedy("math", PROMPTS[0])
     lines = server.get("/metrics").text.splitlines()
     samples = [line.rpartition(" ") for line in lines if line[0] != "#"]
     found = {name: float(value) for name, _, value in samples}

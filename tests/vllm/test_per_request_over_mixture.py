@@ -14,8 +14,9 @@ import dare_adapters
 from dare_adapters.errors import DareError
 from tests.conftest import Pack
 from tests.vllm.bad_adapters import BAD_ADAPTERS
+from tests.vllm.dense_models import merged_densely
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm

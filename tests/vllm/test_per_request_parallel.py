@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import Pack
+from tests.vllm.dense_models import add_densely, merged_densely
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
-from tests.vllm.grown import grow, merged_grown
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.grown import grow
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -79,7 +80,7 @@ def test_tokens_that_adapters_add_are_shared_out_among_ranks(
     answers = engine.greedy(
         prompts, lora_request=[request_for(many), request_for(few), None], tokens=12
     )
-    models = [merged_grown(pack, [(many, 1.0)]), merged_grown(pack, [(few, 1.0)])]
+    models = [add_densely(pack, {many: 1.0}), add_densely(pack, {few: 1.0})]
     for answer, prompt, model in zip(
         answers, prompts, [*models, pack.live(torch.float32)], strict=True
     ):

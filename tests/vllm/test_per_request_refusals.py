@@ -12,21 +12,16 @@ import torch
 from dare_adapters.config import CONFIG_NAME
 from tests.conftest import Pack
 from tests.vllm.bad_adapters import BAD_ADAPTERS
+from tests.vllm.dense_models import merged_densely
 from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
 from tests.vllm.loras import write_lora
-from tests.vllm.requests import merged_densely, request_for
+from tests.vllm.requests import request_for
 from tests.vllm.test_per_request import SETTINGS
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
 
 Starter = Callable[..., Engine]
-
-
-@pytest.fixture(scope="module")
-def pack(packs: Callable[[str], Pack]) -> Pack:
-    """The Llama with a head of its own."""
-    return packs("llama")
 
 
 @pytest.fixture(scope="module")

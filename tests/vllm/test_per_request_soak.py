@@ -17,8 +17,9 @@ import dare_adapters
 from dare_adapters import Adapter
 from dare_adapters.kernels import PackedDelta
 from tests.conftest import Pack
+from tests.vllm.dense_models import add_densely
 from tests.vllm.engines import Engine, assert_says_the_same
-from tests.vllm.requests import add_densely, request_for
+from tests.vllm.requests import request_for
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -53,12 +54,6 @@ def adapters(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
             progress=False,
         )
     return found
-
-
-@pytest.fixture(scope="module")
-def pack(packs: Callable[[str], Pack]) -> Pack:
-    """The Llama with a head of its own."""
-    return packs("llama")
 
 
 @pytest.fixture(scope="module")

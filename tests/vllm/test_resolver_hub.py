@@ -12,10 +12,9 @@ import torch
 from tests.conftest import Pack
 from tests.hub_server import Hub, serve
 from tests.vllm.bad_adapters import BAD_ADAPTERS
+from tests.vllm.dense_models import merged_densely
 from tests.vllm.engines import PROMPTS, assert_says_the_same
-from tests.vllm.requests import merged_densely
 from tests.vllm.server import Server
-from tests.vllm.test_per_request_over_http import ask
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 openai = pytest.importorskip("openai")
@@ -72,13 +71,13 @@ def served(packs: Callable[[str], Pack], tmp_path_factory: pytest.TempPathFactor
 def test_an_allowed_name_is_fetched_once_and_served(served: Served) -> None:
     for name, kind in (("acme/math", "a"), ("exact/name", "c")):
         for _ in range(2):
-            answer = ask(served.server, name, PROMPTS[0])
+            answer = served.server.greedy(name, PROMPTS[0])
             assert_says_the_same([answer], merged_densely(served.pack, {kind: 1.0}), PROMPTS[:1])
         assert served.hub.fetched(name).count("adapter_model.safetensors") == 1
 
 
 def test_parts_of_a_mix_may_be_names_of_the_hub(served: Served) -> None:
-    answer = ask(served.server, "acme/math*0.5+acme/chat*0.25", PROMPTS[1])
+    answer = served.server.greedy("acme/math*0.5+acme/chat*0.25", PROMPTS[1])
     expected = merged_densely(served.pack, {"a": 0.5, "b": 0.25})
     assert_says_the_same([answer], expected, [PROMPTS[1]])
 
@@ -89,7 +88,7 @@ def test_a_name_that_no_pattern_allows_is_a_404_and_the_hub_is_not_asked(
 ) -> None:
     asked = len(served.hub.requests)
     with pytest.raises(openai.NotFoundError):
-        ask(served.server, name, PROMPTS[0])
+        served.server.greedy(name, PROMPTS[0])
     assert len(served.hub.requests) == asked
 
 
@@ -107,8 +106,8 @@ def test_what_the_hub_cannot_give_is_a_400_with_the_reason(
     name: str, reason: str, served: Served
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
-        ask(served.server, name, PROMPTS[0])
-    base = ask(served.server, "base", PROMPTS[0])
+        served.server.greedy(name, PROMPTS[0])
+    base = served.server.greedy("base", PROMPTS[0])
     assert_says_the_same([base], served.pack.live(torch.float32), PROMPTS[:1])
 
 
@@ -116,5 +115,5 @@ def test_a_repository_that_is_no_adapter_is_a_404_and_its_weights_stay_there(
     served: Served,
 ) -> None:
     with pytest.raises(openai.NotFoundError):
-        ask(served.server, "acme/model", PROMPTS[0])
+        served.server.greedy("acme/model", PROMPTS[0])
     assert "model.safetensors" not in served.hub.fetched("acme/model")

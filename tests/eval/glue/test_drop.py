@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from dare_eval.cli import app
 from dare_eval.errors import DataNotFoundError
 from dare_eval.glue.bench import TaskBench, find_finetuned
 from dare_eval.glue.drop import DropAxes, run_drop
 from dare_eval.glue.tasks import TASKS
 from dare_eval.records import Records
 from tests.eval.glue.conftest import Lab
+from tests.killed_process import forked
 
 
 def bench(lab: Lab, task: str = "sst2") -> TaskBench:
@@ -63,19 +62,15 @@ def test_dare_keeps_what_the_others_lose(lab: Lab, tmp_path: Path):
 
 def test_a_run_that_was_killed_goes_on_where_it_was(lab: Lab, tmp_path: Path):
     """`kill -9` while cells are computed; those that were finished are left as they were."""
-    command = [sys.executable, "-c", "from dare_eval.cli import main; main()", "glue", "drop"]
-    command += [lab.base, f"sst2={lab.finetuned / 'sst2'}", "--data-dir", str(lab.data)]
-    command += ["--records", str(tmp_path), "--methods", "dare,drop_only"]
-    command += ["--drop-rates", "0.9", "--seeds", ",".join(map(str, range(10)))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    running = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while len(list(Records(tmp_path))) < 5:
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.kill()
-    assert running.wait() == -signal.SIGKILL
+    command = ["glue", "drop", lab.base, f"sst2={lab.finetuned / 'sst2'}"]
+    command += ["--data-dir", str(lab.data), "--records", str(tmp_path)]
+    command += ["--methods", "dare,drop_only", "--drop-rates", "0.9"]
+    command += ["--seeds", ",".join(map(str, range(10)))]
+    with forked(lambda: app(command)) as running:
+        while len(list(Records(tmp_path))) < 5:
+            assert running.is_alive()
+            time.sleep(0.01)
+    assert running.exitcode == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     total = 2 + 2 * 10
     assert 5 <= len(before) < total

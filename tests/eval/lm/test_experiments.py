@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from dare_eval.lm.masked_weights import masked_weights
 from dare_eval.records import Record, Records
 from dare_eval.report.write import write_reports
 from tests.eval.lm.decoders import Decoders
+from tests.killed_process import forked
 
 EVERY = "gsm8k,math,humaneval,mbpp,alpaca_eval"
 
@@ -95,12 +93,11 @@ def test_a_killed_run_goes_on_where_it_stopped(
 ) -> None:
     command = ["run", str(decoders.base), "--adapter", str(decoders.adapters[0])]
     command += settings(data_dir, tmp_path, "gsm8k,math,alpaca_eval")
-    start = [sys.executable, "-c", "from dare_eval.lm.cli import app; app()", *command]
-    with subprocess.Popen(start, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with forked(lambda: app(command)) as process:
         while len(done := {p: p.stat().st_mtime_ns for p in tmp_path.glob("lm-run/*.json")}) < 2:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+    assert process.exitcode == -signal.SIGKILL
     assert 2 <= len(done) < 6
     assert invoke(*command).exit_code == 0
     after = {p: p.stat().st_mtime_ns for p in tmp_path.glob("lm-run/*.json")}
