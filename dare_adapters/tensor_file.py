@@ -19,6 +19,7 @@ __all__ = ["DTYPE_NAMES", "TensorFileWriter", "file_sha256"]
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22
+_HASHED = 1 << 18
 
 
 class TensorFileWriter:
@@ -82,7 +83,8 @@ class TensorFileWriter:
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    room = memoryview(bytearray(_HASHED))  # reused: fresh memory costs as much as the hashing
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(room[:count])
     return digest.hexdigest()
