@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ class Adapter(DeltaSource):
             AdapterNotFoundError: there is no adapter.
             AdapterFormatError: it is damaged or contradicts itself.
         """
+        with cls.opening(path, verify=verify) as adapter:
+            return adapter
+
+    @classmethod
+    @contextmanager
+    def opening(cls, path: str | Path, *, verify: bool = True) -> Iterator[Adapter]:
+        """:meth:`open` for the work of a block, at whose end the file is known to be sound.
+
+        Hashing it takes longer than all else: meanwhile the block may look at what there is, and
+        must not change anything by it that it cannot take back.
+        """
         path = Path(path)
         if not (path / CONFIG_NAME).is_file():
             raise AdapterNotFoundError(f"{path}: no {CONFIG_NAME}; this is not an adapter")
@@ -79,14 +91,13 @@ class Adapter(DeltaSource):
         with ThreadPoolExecutor(1) as beside:  # hashing holds no Python lock
             digest = beside.submit(file_sha256, weights) if verify else None
             try:
-                adapter = cls._open(path, config, verify)
+                yield cls._open(path, config, verify)
             finally:  # whatever else is wrong, a damaged file is the reason
                 if digest is not None and digest.result() != config.sha256:
                     raise AdapterFormatError(
                         f"{weights}: its SHA-256 is not the one in {CONFIG_NAME}; the file is "
                         "truncated, damaged or of another adapter: get it again"
                     )
-        return adapter
 
     @classmethod
     def _open(cls, path: Path, config: AdapterConfig, verify: bool) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from dare_adapters.model_guards import (
     state_of,
     suspending,
 )
-from dare_adapters.open_source import open_source
+from dare_adapters.open_source import opening_source
 from dare_adapters.source import DeltaSource
 from dare_adapters.store import save_source
 
@@ -83,23 +83,32 @@ def load_dare_adapter(
     if adapter_name is None:
         adapter_name = "+".join(_default_name(item) for item in sources)
     _check_name(adapter_name)
-    opened = [
-        item
-        if isinstance(item, DeltaSource)
-        else open_source(item, revision=revision, token=token, verify=verify)
-        for item in sources
-    ]
-    state = state_of(self)
-    components = _components(
-        self, opened, weights, combination_type, options, strict=strict, check_base=check_base
-    )
-    state.load(self, adapter_name, components, check_base=check_base, strict=strict)
-    if activate:
-        try:
+    state, loaded = state_of(self), False
+    try:
+        with ExitStack() as reading:
+            opened = [
+                item
+                if isinstance(item, DeltaSource)
+                else reading.enter_context(opening_source(item, revision, token, verify))
+                for item in sources
+            ]
+            components = _components(
+                self,
+                opened,
+                weights,
+                combination_type,
+                options,
+                strict=strict,
+                check_base=check_base,
+            )
+            state.load(self, adapter_name, components, check_base=check_base, strict=strict)
+            loaded = True
+        if activate:
             state.activate(self, {adapter_name: 1.0})
-        except BaseException:
+    except BaseException:
+        if loaded:
             state.delete(self, adapter_name)
-            raise
+        raise
     return adapter_name
 
 

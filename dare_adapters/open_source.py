@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dare_adapters.adapter import Adapter, resolve_adapter
@@ -12,9 +14,7 @@ from dare_adapters.errors import AdapterFormatError, AdapterNotFoundError
 from dare_adapters.lora import LoraAdapter
 from dare_adapters.source import DeltaSource
 
-__all__ = ["open_source"]
-
-_KINDS: dict[str, type[Adapter] | type[LoraAdapter]] = {"DARE": Adapter, "LORA": LoraAdapter}
+__all__ = ["open_source", "opening_source"]
 
 
 def open_source(
@@ -36,17 +36,34 @@ def open_source(
         UnsupportedParameterError: a kind of LoRA that is no change of weights.
         CombinationError: a mix that cannot be computed.
     """
+    with opening_source(path_or_id, revision, token, verify) as source:
+        return source
+
+
+@contextmanager
+def opening_source(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    verify: bool = True,
+) -> Iterator[DeltaSource]:
+    """:func:`open_source` for the work of a block, as :meth:`Adapter.opening` says."""
     path = resolve_adapter(path_or_id, revision, token)
     config = path / CONFIG_NAME
     if not config.is_file():
         raise AdapterNotFoundError(f"{path}: no {CONFIG_NAME}; this is not an adapter")
     read = read_json(config, AdapterFormatError)
     if is_mix(read):
-        return open_mix(path, token=token, verify=verify)
+        yield open_mix(path, token=token, verify=verify)
+        return
     kind = read.get("peft_type")
-    if not isinstance(kind, str) or kind not in _KINDS:
+    if kind == "DARE":
+        with Adapter.opening(path, verify=verify) as adapter:
+            yield adapter
+    elif kind == "LORA":
+        yield LoraAdapter.open(path, verify=verify)
+    else:
         raise AdapterFormatError(
-            f"{config}: peft_type is {kind!r:.80}; adapters of {', '.join(_KINDS)} can be opened, "
+            f"{config}: peft_type is {kind!r:.80}; adapters of DARE, LORA can be opened, "
             "others load with PEFT"
         )
-    return _KINDS[kind].open(path, verify=verify)
