@@ -111,6 +111,13 @@ class Pack:
         """The base as a live model."""
         return self.model_class.from_pretrained(self.base, dtype=dtype).eval()
 
+    def loaded(self) -> PreTrainedModel:
+        """The same with every adapter loaded under its name, none active."""
+        model = self.live()
+        for name, path in self.adapters.items():
+            model.load_dare_adapter(path, name, activate=False)
+        return model
+
 
 PackMaker = Callable[..., Pack]
 

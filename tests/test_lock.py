@@ -35,10 +35,7 @@ def pack(make_pack: PackMaker) -> Pack:
 
 @pytest.fixture
 def model(pack: Pack) -> PreTrainedModel:
-    model = pack.live()
-    for name, path in pack.adapters.items():
-        model.load_dare_adapter(path, name, activate=False)
-    return model
+    return pack.loaded()
 
 
 @pytest.fixture

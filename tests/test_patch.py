@@ -126,9 +126,7 @@ def test_several_adapters_are_summed_in_float32_and_rounded_once(
     make_pack: PackMaker, dtype: torch.dtype, weights: tuple[float, ...]
 ):
     pack = make_pack(f"exact-{dtype}", dtype=dtype, kinds=EXACT_KINDS)
-    model = pack.live()
-    for name, path in pack.adapters.items():
-        model.load_dare_adapter(path, name, activate=False)
+    model = pack.loaded()
     model.set_dare_adapter(list(pack.adapters), weights=weights)
     parts = [(true_deltas(pack, n), w) for n, w in zip(pack.adapters, weights, strict=True)]
     assert_holds(model, expected_sum(read_checkpoint(pack.base), parts))
@@ -166,9 +164,7 @@ def test_a_failure_while_applying_restores_what_was_there(
     error: type[BaseException],
 ):
     pack = make_pack("plain")
-    model = pack.live()
-    for name, path in pack.adapters.items():
-        model.load_dare_adapter(path, name, activate=False)
+    model = pack.loaded()
     base = all_bytes(model)
     model.set_dare_adapter(list(active))
     before = all_bytes(model)

@@ -16,7 +16,4 @@ def pack(make_pack: PackMaker) -> Pack:
 @pytest.fixture
 def model(pack: Pack) -> PreTrainedModel:
     """The base with adapters a, b and c loaded, none active."""
-    model = pack.live()
-    for name, path in pack.adapters.items():
-        model.load_dare_adapter(path, name, activate=False)
-    return model
+    return pack.loaded()

@@ -35,11 +35,9 @@ def test_a_cast_with_adapters_is_the_cast_base_with_adapters(
     make_pack: PackMaker, start: torch.dtype, cast: Callable[[PreTrainedModel], object]
 ):
     pack = make_pack(f"cast-{start}", dtype=start)
-    model, plain = pack.live(), pack.live()
+    model, plain = pack.loaded(), pack.live()
     cast(plain)
     base = {name: value.clone() for name, value in plain.state_dict().items()}
-    for name, path in pack.adapters.items():
-        model.load_dare_adapter(path, name, activate=False)
     model.set_dare_adapter({"a": 1.0, "b": 0.5})
     cast(model)
     assert model.dtype == plain.dtype

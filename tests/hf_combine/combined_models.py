@@ -45,9 +45,7 @@ _references: dict[str, Tensors] = {}
 def loaded(pack: Pack) -> PreTrainedModel:
     """The base with all adapters loaded, none active; a copy, which is quicker than loading."""
     if pack.base not in _models:
-        model = _models[pack.base] = pack.live()
-        for name, path in pack.adapters.items():
-            model.load_dare_adapter(path, name, activate=False)
+        _models[pack.base] = pack.loaded()
     return copy.deepcopy(_models[pack.base])
 
 

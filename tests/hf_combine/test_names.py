@@ -20,29 +20,28 @@ from tests.test_live import bert_config
 from tests.test_patch import EXACT, grown_pack
 
 
-@pytest.fixture
-def encoders(tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters of one BERT: of the bare encoder, and of the model with a head."""
+    root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     whole = BertForSequenceClassification(bert_config(num_labels=3)).float()
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.normal_(std=0.02)
-    whole.save_pretrained(tmp_path / "task-base")
-    whole.bert.save_pretrained(tmp_path / "bare-base")
+    whole.save_pretrained(root / "task-base")
+    whole.bert.save_pretrained(root / "bare-base")
     found = {}
     for kind, model_class in (("bare", BertModel), ("task", BertForSequenceClassification)):
-        base = tmp_path / f"{kind}-base"
+        base = root / f"{kind}-base"
         tuned = model_class.from_pretrained(base, dtype=torch.float32)
         with torch.no_grad():
             for parameter in tuned.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.002)
-        tuned.save_pretrained(tmp_path / f"{kind}-tuned")
-        found[kind] = tmp_path / kind
-        dare_adapters.extract(
-            base, tmp_path / f"{kind}-tuned", found[kind], progress=False, **EXACT
-        )
-    return {**found, "base": tmp_path / "task-base"}
+        tuned.save_pretrained(root / f"{kind}-tuned")
+        found[kind] = root / kind
+        dare_adapters.extract(base, root / f"{kind}-tuned", found[kind], progress=False, **EXACT)
+    return {**found, "base": root / "task-base"}
 
 
 @pytest.mark.parametrize("order", [("bare", "task"), ("task", "bare")], ids="-".join)

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
@@ -29,15 +27,7 @@ from transformers import (
 )
 
 from tests.conftest import Pack, PackMaker, tiny_llama
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-EXPERTS = {
-    "vocab_size": 50,
-    "intermediate_size": 48,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    **SMALL,
-}
+from tests.test_live import EXPERTS, SMALL, bert_config, mixtral_config
 
 
 def ids(rows: int = 3) -> torch.Tensor:
@@ -83,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bert": Architecture(
         BertForSequenceClassification,
-        lambda: BertConfig(vocab_size=50, intermediate_size=48, num_labels=3, **SMALL),
+        lambda: bert_config(num_labels=3),
         tokens,
     ),
     "t5": Architecture(
@@ -104,9 +94,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: ViTConfig(image_size=16, patch_size=4, num_labels=3, intermediate_size=48, **SMALL),
         lambda: {"pixel_values": pixels(16)},
     ),
-    "mixtral": Architecture(
-        MixtralForCausalLM, lambda: MixtralConfig(num_local_experts=3, **EXPERTS), tokens
-    ),
+    "mixtral": Architecture(MixtralForCausalLM, mixtral_config, tokens),
     "qwen3 moe": Architecture(
         Qwen3MoeForCausalLM,
         lambda: Qwen3MoeConfig(

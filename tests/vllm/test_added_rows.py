@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import dare_adapters
 from tests.conftest import Pack, raw_bytes
 from tests.vllm.dense_models import add_densely
-from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same, assert_scores_the_same
+from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
 from tests.vllm.grown import grow
 from tests.vllm.loras import add_lora, write_lora
 from tests.vllm.requests import request_for
+from tests.vllm.served import Served
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -39,28 +39,13 @@ ADDED = {"base": 0, "plain": 0, "lora": 0, "three": 3, "five": 5, "mix": 5}
 
 
 @dataclass
-class Served:
-    """An engine with room, requests, and the models that hold the same merged weights."""
+class Grown(Served):
+    """With the adapters' directories; each is asked of the tokens that it added, too."""
 
-    engine: Engine
-    pack: Pack
     paths: dict[str, Path]
-    requests: dict[str, Any]
-    models: dict[str, PreTrainedModel]
 
     def prompts(self, name: str) -> list[list[int]]:
-        """Prompts that end in every token that only this adapter has."""
         return [[*PROMPTS[0], *range(OWN, OWN + ADDED[name])], *PROMPTS[1:]]
-
-    def check(self, names: list[str]) -> list[list[int]]:
-        """Ask all prompts of each name, in one batch, and compare every answer."""
-        prompts = [prompt for name in names for prompt in self.prompts(name)]
-        requests = [self.requests[name] for name in names for _ in PROMPTS]
-        answers = self.engine.greedy(prompts, lora_request=requests)
-        for number, name in enumerate(names):
-            here = slice(number * len(PROMPTS), (number + 1) * len(PROMPTS))
-            assert_says_the_same(answers[here], self.models[name], self.prompts(name))
-        return [answer.tokens for answer in answers]
 
 
 @pytest.fixture(scope="module", params=["llama", "tied-llama-bf16"])
@@ -69,7 +54,7 @@ def served(
     packs: Callable[[str], Pack],
     start_engine: Starter,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Served:
+) -> Grown:
     """The base, adapters that add no, three and five tokens, a mix of them, and a LoRA."""
     from dare_vllm.per_request import mix_path
 
@@ -93,15 +78,15 @@ def served(
         **{name: add_densely(pack, {path: 1.0}) for name, path in paths.items()},
         "mix": add_densely(pack, mix),
     }
-    return Served(start_engine(pack.base, **SETTINGS), pack, paths, requests, models)
+    return Grown(start_engine(pack.base, **SETTINGS), pack, requests, models, paths)
 
 
 @pytest.mark.parametrize("name", list(ADDED))
-def test_each_is_answered_by_its_merged_model(name: str, served: Served) -> None:
+def test_each_is_answered_by_its_merged_model(name: str, served: Grown) -> None:
     served.check([name])
 
 
-def test_a_batch_of_all_is_answered_row_by_row_with_tokens_of_their_own(served: Served) -> None:
+def test_a_batch_of_all_is_answered_row_by_row_with_tokens_of_their_own(served: Grown) -> None:
     names = list(ADDED)
     said = served.check(names)
     for number, name in enumerate(names):
@@ -111,7 +96,7 @@ def test_a_batch_of_all_is_answered_row_by_row_with_tokens_of_their_own(served: 
     served.check(["five", "base", "three"])  # other slots, other order
 
 
-def test_every_log_probability_is_there_and_none_is_of_a_token_that_is_not(served: Served) -> None:
+def test_every_log_probability_is_there_and_none_is_of_a_token_that_is_not(served: Grown) -> None:
     from vllm import SamplingParams
 
     names = list(ADDED)
@@ -126,12 +111,8 @@ def test_every_log_probability_is_there_and_none_is_of_a_token_that_is_not(serve
         assert all(token < OWN + ADDED[name] for token in found)
 
 
-def test_prompts_are_scored_by_their_own_model(served: Served) -> None:
-    jobs = [(name, prompt) for name in ADDED for prompt in served.prompts(name)]
-    requests = [served.requests[name] for name, _ in jobs]
-    scores = served.engine.prompt_logprobs([prompt for _, prompt in jobs], lora_request=requests)
-    for (name, prompt), found in zip(jobs, scores, strict=True):
-        assert_scores_the_same(found, served.models[name], prompt)
+def test_prompts_are_scored_by_their_own_model(served: Grown) -> None:
+    served.check_scores()
 
 
 def sample(engine: Engine, request: Any) -> list[list[int]]:
@@ -148,7 +129,7 @@ def sample(engine: Engine, request: Any) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_sampling_stays_in_the_vocabulary_of_each(served: Served) -> None:
+def test_sampling_stays_in_the_vocabulary_of_each(served: Grown) -> None:
     for name in ("base", "lora", "three", "five"):
         drawn = {t for tokens in sample(served.engine, served.requests[name]) for t in tokens}
         assert max(drawn) < OWN + ADDED[name]
@@ -156,7 +137,7 @@ def test_sampling_stays_in_the_vocabulary_of_each(served: Served) -> None:
 
 
 def test_a_token_that_the_adapter_does_not_have_is_refused_before_any_step(
-    served: Served,
+    served: Grown,
 ) -> None:
     for name in ("base", "plain", "lora", "three"):
         prompt = [1, OWN + ADDED[name]]
@@ -166,7 +147,7 @@ def test_a_token_that_the_adapter_does_not_have_is_refused_before_any_step(
 
 
 def test_more_rows_than_are_spared_are_refused_with_the_setting_that_makes_room(
-    served: Served, tmp_path: Path
+    served: Grown, tmp_path: Path
 ) -> None:
     six = request_for(grow(served.pack, "c", 6, tmp_path), "six")
     with pytest.raises(Exception, match=r"adapter 'six' cannot be served.*\"spare_rows\": 6"):
@@ -175,7 +156,7 @@ def test_more_rows_than_are_spared_are_refused_with_the_setting_that_makes_room(
 
 
 def test_a_token_with_an_embedding_and_no_logit_is_refused_by_name(
-    served: Served, tmp_path: Path
+    served: Grown, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -221,7 +202,7 @@ def test_a_swap_changes_the_base_beneath_added_tokens(
     assert kept == {name: raw_bytes(value) for name, value in engine.at_start.items()}
 
 
-def test_a_mix_has_the_tokens_of_whichever_part_has_most(served: Served, tmp_path: Path) -> None:
+def test_a_mix_has_the_tokens_of_whichever_part_has_most(served: Grown, tmp_path: Path) -> None:
     from dare_vllm.per_request import mix_path
     from dare_vllm.per_request.token_check import added_rows_at
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from tests.conftest import Pack
 from tests.vllm.dense_models import merged_densely
-from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same, assert_scores_the_same
+from tests.vllm.engines import PROMPTS, Engine, assert_says_the_same
 from tests.vllm.loras import add_lora, write_lora
 from tests.vllm.requests import request_for
+from tests.vllm.served import Served
 
 pytest.importorskip("vllm", reason="needs the environment of make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -23,25 +21,6 @@ pytestmark = pytest.mark.vllm
 Starter = Callable[..., Engine]
 SETTINGS = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 8, "max_cpu_loras": 8}
 WEIGHTS = {"a": 0.6, "b": 0.4}
-
-
-@dataclass
-class Served:
-    """An engine, what can be asked of it, and the models that hold the same merged weights."""
-
-    engine: Engine
-    pack: Pack
-    requests: dict[str, Any]
-    models: dict[str, PreTrainedModel]
-
-    def check(self, names: list[str]) -> None:
-        """Ask all prompts of each name, in one batch, and compare every answer."""
-        prompts = [prompt for _ in names for prompt in PROMPTS]
-        requests = [self.requests[name] for name in names for _ in PROMPTS]
-        answers = self.engine.greedy(prompts, lora_request=requests)
-        for number, name in enumerate(names):
-            here = slice(number * len(PROMPTS), (number + 1) * len(PROMPTS))
-            assert_says_the_same(answers[here], self.models[name])
 
 
 @pytest.fixture(scope="module", params=["llama", "tied-llama-bf16", "qwen2", "mixtral"])
@@ -83,11 +62,7 @@ def test_a_batch_of_all_of_them_is_answered_row_by_row(served: Served) -> None:
 
 
 def test_prompts_are_scored_by_their_own_model(served: Served) -> None:
-    jobs = [(name, prompt) for name in served.requests for prompt in PROMPTS]
-    requests = [served.requests[name] for name, _ in jobs]
-    scores = served.engine.prompt_logprobs([prompt for _, prompt in jobs], lora_request=requests)
-    for (name, prompt), found in zip(jobs, scores, strict=True):
-        assert_scores_the_same(found, served.models[name], prompt)
+    served.check_scores()
 
 
 def test_rows_of_the_base_stay_the_base_beside_adapters(served: Served) -> None:
