@@ -24,26 +24,39 @@ typedef struct {
 
 /* change[place - low] += value * factor * weight, of places from number `from` on and below `stop`;
  * the number of the next one. */
-#define SCATTER(TYPE)                                                                    \
+#define SCATTER(TYPE, NOTE)                                                              \
     do {                                                                                 \
         const TYPE *place = (const TYPE *)rows->places;                                  \
         TYPE before = -1;                                                                \
-        for (; from < rows->count && place[from] < stop; from++) {                       \
-            int64_t entry = place[from] - low;                                           \
-            if (place[from] != before)                                                   \
-                change[entry] += rows->values[from] * factor * weight;                   \
+        for (; from < count && place[from] < stop; from++) {                             \
+            int64_t at = place[from] - low;                                              \
+            if (place[from] != before) change[at] += values[from] * factor * weight;     \
             before = place[from];                                                        \
-            touched->entry[touched->count] = (int16_t)entry;                             \
-            touched->count += !touched->seen[entry];                                     \
-            touched->seen[entry] = 1;                                                    \
+            NOTE                                                                         \
         }                                                                                \
     } while (0)
 
+#define NOTE_ENTRY                                                                       \
+    entry[found] = (int16_t)at;                                                          \
+    found += !seen[at];                                                                  \
+    seen[at] = 1;
+
+/* `touched` may be NULL. */
 static int64_t scatter(const kept_rows *rows, int wide, int64_t from, int64_t low, int64_t stop,
                        float weight, float *restrict change, touched_entries *touched) {
-    float factor = rows->factor;
-    if (wide) SCATTER(int64_t);
-    else SCATTER(int32_t);
+    const float *values = rows->values, factor = rows->factor;
+    const int64_t count = rows->count;
+    if (!touched) {
+        if (wide) SCATTER(int64_t, );
+        else SCATTER(int32_t, );
+        return from;
+    }
+    int16_t *restrict entry = touched->entry;
+    uint8_t *restrict seen = touched->seen;
+    int64_t found = touched->count;
+    if (wide) SCATTER(int64_t, NOTE_ENTRY);
+    else SCATTER(int32_t, NOTE_ENTRY);
+    touched->count = found;
     return from;
 }
 
@@ -62,12 +75,13 @@ static void gather(float *restrict change, const touched_entries *touched, float
 /* -0 in `merged` where all lists have it: no change, which leaves every bit of a base alone. */
 VECTORS static void keep_unchanged(int64_t lists, const float *restrict values, int64_t count,
                                    float *restrict merged) {
-    for (int64_t j = 0; j < count; j++) {
-        uint32_t changes = 0;
-        for (int64_t k = 0; k < lists; k++)
-            changes |= as_bits(values[k * STRIP + j]) ^ 0x80000000u;
-        merged[j] = as_float(as_bits(merged[j]) | (changes ? 0 : 0x80000000u));
-    }
+    uint32_t changes[STRIP];
+    for (int64_t j = 0; j < count; j++) changes[j] = 0;
+    for (int64_t k = 0; k < lists; k++)
+        for (int64_t j = 0; j < count; j++)
+            changes[j] |= as_bits(values[k * STRIP + j]) ^ 0x80000000u;
+    for (int64_t j = 0; j < count; j++)
+        merged[j] = as_float(as_bits(merged[j]) | (changes[j] ? 0 : 0x80000000u));
 }
 
 /* out = base, and base + change at the touched entries, rounded once. */
@@ -112,13 +126,13 @@ EXPORT void dare_merge_rows(int64_t lists, const kept_rows *rows, int wide, int6
         for (int64_t k = 0; k < lists; k++)
             cursor[k] = scatter(rows + k, wide, cursor[k], low, low + n,
                                 elected ? 1.0f : rows[k].weight,
-                                elected ? room + k * STRIP : room, &touched);
-        memset(touched.seen, 0, sizeof touched.seen);
+                                elected ? room + k * STRIP : room, few ? &touched : NULL);
         if (!few) {
             add(dtype, from, room, n, to);
             fill(room, n, -0.0f);
             continue;
         }
+        memset(touched.seen, 0, sizeof touched.seen);
         for (int64_t k = 0; k < sums; k++) gather(room + k * STRIP, &touched, found + k * STRIP);
         if (elected) {
             elect(lists, found, STRIP, touched.count, weights, how, merged);
