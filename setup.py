@@ -7,7 +7,10 @@ from setuptools import Extension, find_packages, setup
 
 SOURCE_ROOTS = {".": ["dare_adapters", "dare_adapters.*"], "integrations": ["*"], "eval": ["*"]}
 
-HEADERS = [f"dare_adapters/_{name}.h" for name in ("codes", "difference", "floats", "support")]
+HEADERS = [
+    f"dare_adapters/_{name}.h"
+    for name in ("add", "codes", "difference", "elect", "floats", "strip", "support")
+]
 # No fused multiply-add: results are those of PyTorch, bit for bit. Comparisons with NaN raise no
 # flag that anybody reads, so that loops with conditions in them become vectors.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
@@ -21,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "dare_adapters._rows",
-            [f"dare_adapters/_{name}.c" for name in ("rows", "finite", "quantise")],
+            [f"dare_adapters/_{name}.c" for name in ("rows", "finite", "merge", "quantise")],
             extra_compile_args=FLAGS,
             depends=HEADERS,
             optional=True,

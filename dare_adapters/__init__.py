@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import dare_adapters.torch_import  # noqa: F401  (before what imports PyTorch otherwise)
 from dare_adapters import hf as _hf
 from dare_adapters._version import __version__
 from dare_adapters.adapter import Adapter

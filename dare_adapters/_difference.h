@@ -4,8 +4,7 @@
 #define DARE_DIFFERENCE_H
 
 #include "_floats.h"
-
-enum { STRIP = 1024 };
+#include "_strip.h"
 
 /* Fine-tune minus base of up to STRIP consecutive entries. */
 VECTORS static void difference(int base_dtype, const void *base, int finetuned_dtype,

@@ -3,8 +3,10 @@
  * sparse deltas. Each gives bit for bit what the Python beside it computes.
  * Compiled where there is a compiler (see setup.py) and called through ctypes by compiled.py. */
 
+#include "_add.h"
 #include "_codes.h"
 #include "_difference.h"
+#include "_elect.h"
 #include "_support.h"
 
 /* Flat positions of rows start … stop - 1, (n, slots); an unused last slot repeats the one before
@@ -317,19 +319,8 @@ EXPORT void dare_accumulate(float *dense, const int64_t *index, const float *val
 }
 
 /* sum = base + change, rounded once; base and sum may be one. */
-VECTORS EXPORT void dare_add(int dtype, const void *base, const float *change, int64_t count,
-                             void *sum) {
-    if (dtype == FLOAT32) {
-        for (int64_t j = 0; j < count; j++)
-            ((float *)sum)[j] = change[j] + ((const float *)base)[j];
-    } else if (dtype == BFLOAT16) {
-        for (int64_t j = 0; j < count; j++)
-            ((uint16_t *)sum)[j] =
-                to_bfloat16(change[j] + from_bfloat16(((const uint16_t *)base)[j]));
-    } else {
-        for (int64_t j = 0; j < count; j++)
-            ((uint16_t *)sum)[j] = to_half(change[j] + from_half(((const uint16_t *)base)[j]));
-    }
+EXPORT void dare_add(int dtype, const void *base, const float *change, int64_t count, void *sum) {
+    add(dtype, base, change, count, sum);
 }
 
 /* Entries of rows start … stop - 1 whose 32-bit lane is below `threshold`, and the differences
@@ -358,42 +349,14 @@ EXPORT int64_t dare_bernoulli(uint64_t seed, uint64_t key, int64_t columns, uint
     return kept;
 }
 
-enum { COUNT, WEIGHTS, NONE };
-
 /* The disjoint merge of combine/consensus.py: values (lists, room), of which `count` columns are
  * used, to `merged` (count,). */
-VECTORS EXPORT void dare_elect(int64_t lists, const float *restrict values, int64_t room,
-                               int64_t count, const float *restrict weights, int frequency,
-                               int weighted, int divisor, float factor, float *restrict merged) {
-    float votes[STRIP], sums[STRIP], shares[STRIP];
+EXPORT void dare_elect(int64_t lists, const float *values, int64_t room, int64_t count,
+                       const float *weights, int frequency, int weighted, int divisor,
+                       float factor, float *merged) {
+    election how = {frequency, weighted, divisor, factor};
     for (int64_t first = 0; first < count; first += STRIP) {
         int64_t n = count - first < STRIP ? count - first : STRIP;
-        for (int64_t j = 0; j < n; j++) votes[j] = sums[j] = shares[j] = 0;
-        for (int64_t k = 0; k < lists; k++) {
-            const float *row = values + k * room + first;
-            float weight = weights[k];
-            for (int64_t j = 0; j < n; j++) {
-                float ballot = weighted ? row[j] * weight : row[j];
-                float sign = (float)((ballot > 0) - (ballot < 0));
-                votes[j] += frequency ? sign : ballot;
-            }
-        }
-        for (int64_t k = 0; k < lists; k++) {
-            const float *row = values + k * room + first;
-            float weight = weights[k], share = divisor == COUNT ? 1.0f : weight;
-            for (int64_t j = 0; j < n; j++) {
-                float value = row[j] * weight, ballot = weighted ? value : row[j];
-                int agrees = votes[j] >= 0 ? ballot > 0 : ballot < 0;
-                sums[j] += agrees ? value : 0.0f;
-                shares[j] += agrees ? share : 0.0f;
-            }
-        }
-        for (int64_t j = 0; j < n; j++) {
-            float share = shares[j];
-            if (divisor == COUNT) share = share < 1 ? 1.0f : share;
-            else if (divisor == WEIGHTS) share = share < 1e-8f && share > -1e-8f ? 1.0f : share;
-            else share = 1.0f;
-            merged[first + j] = sums[j] / share * factor;
-        }
+        elect(lists, values + first, room, n, weights, how, merged + first);
     }
 }

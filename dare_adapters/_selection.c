@@ -123,7 +123,9 @@ EXPORT void dare_code_counts(uint64_t seed, uint64_t key, int64_t columns, int64
             counts[1] = (int32_t)used;
             continue;
         }
-        int32_t found[2][256] = {{0}};
+        int32_t found[2][256];
+        for (int half = 0; half < 2; half++)
+            memset(found[half], 0, (size_t)(mask + 1) * sizeof **found);
         for (int64_t j = 0; j < used; j++) {
             int code = codes[(j * bits) >> 3] >> ((j * bits) & 7) & mask;
             found[j & 1][code]++;

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dare_adapters import compiled, compiled_selection
+from dare_adapters.compiled_merge import KeptRows
 from dare_adapters.mask import BlockedSupport, Support, matrix_shape
 from dare_adapters.matrix import MatrixView
 from dare_adapters.memory_block import MemoryBlock
@@ -180,6 +181,18 @@ class Delta(ABC):
         """As :meth:`fill`, where that is sooner made than positions are; else None."""
         return None
 
+    def kept_rows(self, start: int, stop: int) -> KeptRows | None:
+        """:meth:`read` as it is kept in memory; None: it is not."""
+        return None
+
+    def merged_onto(self, base: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+        """`base` plus some rows, rounded once, made in one pass; None: it cannot be.
+
+        Args:
+            base: those rows, flat (n * columns,).
+        """
+        return None
+
     def l1(self, start: int, stop: int) -> float:
         """The sum of the magnitudes of some rows."""
         index, values = self.read(start, stop)
@@ -187,6 +200,14 @@ class Delta(ABC):
         if index is not None and len(index) > 1:  # what comes twice counts once
             total -= values[1:][index[1:] == index[:-1]].sum(dtype=torch.float64)
         return float(total)
+
+    @property
+    def shows_damage(self) -> bool:
+        """Whether NaN and infinity in a checkpoint that it is read from cannot be lost.
+
+        Either :meth:`preparations` find them, or it is read from none.
+        """
+        return False
 
     @property
     def recalls_positions(self) -> bool:
@@ -265,6 +286,10 @@ class NoChange(Delta):
     @property
     def entries_per_row(self) -> int:
         return 0
+
+    @property
+    def shows_damage(self) -> bool:
+        return True
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0)

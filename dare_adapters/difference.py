@@ -41,6 +41,8 @@ class ParameterDifference(Delta):
         name: the base's name.
         base, finetuned: (rows * columns,), each in its own dtype; the rows both have.
         added_rows: what the fine-tune has beyond them, (m, …), or None.
+        damaged: called where a sum of magnitudes is no number, which tells of damage in one of the
+            two: it may raise an error that names it. None: nobody asked.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class ParameterDifference(Delta):
         finetuned: torch.Tensor,
         added_rows: torch.Tensor | None = None,
         release: Callable[[], None] | None = None,
+        damaged: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(shape, added_rows)
         self.name, self.base, self.finetuned = name, base, finetuned
+        self.damaged = damaged
         self._release = release
 
     def release(self) -> None:
@@ -149,9 +153,17 @@ class ParameterDifference(Delta):
         return compiled.between(*self._flat(start, stop), low, high)
 
     def l1(self, start: int, stop: int) -> float:
-        if not self.compiled:
-            return float(self.rows_between(start, stop).abs_().sum(dtype=torch.float64))
-        return compiled.abs_sum(*self._flat(start, stop))
+        if self.compiled:
+            total = compiled.abs_sum(*self._flat(start, stop))
+        else:
+            total = float(self.rows_between(start, stop).abs_().sum(dtype=torch.float64))
+        self.check_sum(total)
+        return total
+
+    def check_sum(self, total: float) -> None:
+        """Have looked for damage where a sum of magnitudes is no number."""
+        if self.damaged is not None and not math.isfinite(total):
+            self.damaged()
 
     def _flat(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = start * self.columns, stop * self.columns

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from dare_adapters import compiled
+from dare_adapters.compiled_merge import can_merge, merge_rows
 from dare_adapters.delta import WeightedDelta
 from dare_adapters.matrix import MatrixView
 from dare_adapters.memory_block import MemoryBlock
@@ -99,6 +100,9 @@ def add_rows(
     """
     deltas = flat_terms(deltas)
     usable = compiled.can_use(base) and base.is_contiguous()
+    merged = _merged_onto(base, deltas, start, stop)
+    if merged is not None:
+        return merged
     if len(deltas) > 1 and usable:
         # What nobody changes has -0.0 added to it, which leaves every bit of it alone.
         total = torch.full((len(base),), -0.0)
@@ -120,6 +124,24 @@ def add_rows(
     else:
         made[index] = change.add_(base[index].to(torch.float32)).to(base.dtype)
     return made
+
+
+def _merged_onto(
+    base: torch.Tensor, deltas: Sequence[WeightedDelta], start: int, stop: int
+) -> torch.Tensor | None:
+    """:func:`add_rows` in one pass, where what the deltas keep lies in memory; else None."""
+    if not can_merge(base):
+        return None
+    if len(deltas) == 1 and deltas[0].weight == 1.0:
+        return deltas[0].delta.merged_onto(base, start, stop)
+    kept = []
+    for weighted in deltas:
+        own = weighted.delta.kept_rows(start, stop)
+        if own is None:
+            return None
+        kept.append(own)
+    weights = [weighted.weight for weighted in deltas]
+    return merge_rows(base, kept, weights, start * deltas[0].delta.columns)
 
 
 def flat_terms(deltas: Sequence[WeightedDelta]) -> list[WeightedDelta]:

@@ -50,6 +50,10 @@ class SparseDelta(Delta):
         return max(1, self.support.slot_count // max(self.rows, 1))
 
     @property
+    def shows_damage(self) -> bool:
+        return True  # an adapter's own numbers are looked at where it is opened
+
+    @property
     def recalls_positions(self) -> bool:
         return True
 
@@ -61,7 +65,7 @@ class SparseDelta(Delta):
         support = self.support
         packed = self.bits < 16 and compiled.can_read(self.values)
         if packed and isinstance(support, BlockedSupport) and support.repeatable:
-            width, scales = support.slots_per_row, self._row_scales
+            width, scales = support.slots_per_row, self.row_scales
             return compiled.read_rows(
                 support.where, self.bits, self.values, scales, width, start, stop
             )
@@ -97,7 +101,7 @@ class SparseDelta(Delta):
             where,
             self.bits,
             self.values,
-            self._row_scales,
+            self.row_scales,
             weight,
             target.storage[target.offset :],
             target.row_stride,
@@ -145,7 +149,7 @@ class SparseDelta(Delta):
             where,
             self.bits,
             self.values.to(target.device, non_blocking=True),
-            None if self.scales is None else self._row_scales.to(target.device),
+            None if self.scales is None else self.row_scales.to(target.device),
             weight,
             target.storage[target.offset :],
             target.row_stride,
@@ -169,15 +173,15 @@ class SparseDelta(Delta):
     def read_kept(
         self, support: Support, factor: float, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        own = self._packed_support
+        own = self.packed_support
         if own is None or not isinstance(support, BlockedSupport):
             return super().read_kept(support, factor, start, stop)
         return compiled_selection.read_kept(
-            own.where, self.bits, self.values, self._row_scales, support.where, factor, start, stop
+            own.where, self.bits, self.values, self.row_scales, support.where, factor, start, stop
         )
 
     def l1(self, start: int, stop: int) -> float:
-        if self._packed_support is None:
+        if self.packed_support is None:
             return super().l1(start, stop)
         magnitudes, counts = self.magnitude_counts(start, stop)
         return float((magnitudes.to(torch.float64) * counts).sum())
@@ -186,18 +190,18 @@ class SparseDelta(Delta):
     def counts_magnitudes(self) -> bool:
         """Whether :meth:`magnitude_counts` is sooner made than entries are read."""
         few = (1 << (self.bits - 1)) < self.support.slots_per_row // 2
-        return self._packed_support is not None and few
+        return self.packed_support is not None and few
 
     def magnitude_counts(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The magnitudes that occur in each row, float32 (n, k), and how often, int32 (n, k)."""
-        support = self._packed_support
+        support = self.packed_support
         assert support is not None
         counts = compiled_selection.code_counts(support.where, self.bits, self.values, start, stop)
         levels = torch.arange(counts.shape[1], dtype=torch.float32)
-        return levels * self._row_scales[start:stop, None], counts
+        return levels * self.row_scales[start:stop, None], counts
 
     @property
-    def _packed_support(self) -> BlockedSupport | None:
+    def packed_support(self) -> BlockedSupport | None:
         """The support, where the loops that choose among packed survivors can use it."""
         support = self.support
         if not isinstance(support, BlockedSupport) or not support.repeatable or self.bits >= 16:
@@ -222,7 +226,7 @@ class SparseDelta(Delta):
         if self.scales is not None:
             limit = torch.finfo(torch.float32).max / (1 << (self.bits - 1))
             suspect = largest_scale(self.scales.dtype, self.exponent) > limit
-            if suspect and bool((self._row_scales.to(torch.float64) > limit).any()):
+            if suspect and bool((self.row_scales.to(torch.float64) > limit).any()):
                 raise AdapterFormatError(
                     f"{name}: its scales times 2**{self.exponent} are beyond float32"
                 )
@@ -254,10 +258,11 @@ class SparseDelta(Delta):
             codes = flat[place].to(torch.float32) if flat.numel() else place.to(torch.float32)
             if self.bits >= 16:
                 return codes
-        return codes * self._row_scales[start:stop, None]
+        return codes * self.row_scales[start:stop, None]
 
     @cached_property
-    def _row_scales(self) -> torch.Tensor:
+    def row_scales(self) -> torch.Tensor:
+        """What codes of each row are multiplied by, float32 (rows,); below 16 bits alone."""
         assert self.scales is not None
         return load_scales(self.scales, self.exponent)
 

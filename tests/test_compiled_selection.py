@@ -120,7 +120,7 @@ def test_codes_are_counted_as_they_are_read(
     seed: int, bits: int, rows: int, columns: int, block: int
 ):
     delta = packed(seed, rows, columns, block, bits)
-    if delta._packed_support is None:
+    if delta.packed_support is None:
         return
     magnitudes, counts = delta.magnitude_counts(0, rows)
     for row in range(rows):

@@ -5,14 +5,16 @@ Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from dare_adapters import compiled
+from dare_adapters.compiled_merge import Election
 from dare_adapters.errors import CombinationError
 
-__all__ = ["disjoint_merge", "one_of"]
+__all__ = ["DisjointMerge", "disjoint_merge", "one_of"]
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 VOTES = ("unweighted", "weighted")
@@ -37,7 +39,7 @@ def disjoint_merge(
     vote: str = "unweighted",
     divisor: str = "count",
     factor: float = 1.0,
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> DisjointMerge:
     """values (k, m) -> the merge of those whose sign is the elected one, (m,).
 
     The elected sign is that of the sum of the values ("total") or of their signs ("frequency"); a
@@ -56,14 +58,23 @@ def disjoint_merge(
     one_of(divisor, DIVISORS, "divisor")
     column = torch.tensor([float(weight) for weight in weights])
     frequency, weighted = majority_sign_method == "frequency", vote == "weighted"
+    return DisjointMerge(Election(column, frequency, weighted, DIVISORS.index(divisor), factor))
 
-    def merge(values: torch.Tensor) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class DisjointMerge:
+    """What :func:`disjoint_merge` returns."""
+
+    election: Election
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        how = self.election
         if compiled.can_use(values) and values.stride(1) == 1:
-            number = DIVISORS.index(divisor)
-            return compiled.elect(values, column, frequency, weighted, number, factor)
-        return _merge(values, column, frequency, weighted, divisor).mul_(factor)
-
-    return merge
+            return compiled.elect(
+                values, how.weights, how.frequency, how.weighted, how.divisor, how.factor
+            )
+        divisor = DIVISORS[how.divisor]
+        return _merge(values, how.weights, how.frequency, how.weighted, divisor).mul_(how.factor)
 
 
 def _merge(

@@ -164,6 +164,10 @@ class _Magpruned(Delta):
     def row_cost(self) -> int:
         return self.delta.row_cost
 
+    @property
+    def shows_damage(self) -> bool:
+        return self.delta.shows_damage
+
     def preparations(self) -> list[Callable[[], object]]:
         return self.delta.preparations()
 

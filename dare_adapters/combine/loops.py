@@ -12,9 +12,19 @@ from typing import Any
 import torch
 
 from dare_adapters import compiled
+from dare_adapters.compiled import Where
 from dare_adapters.shared_library import load_library
 
-__all__ = ["add_to", "available", "can_fill", "gather", "magprune", "untouched"]
+__all__ = [
+    "add_to",
+    "available",
+    "can_fill",
+    "gather",
+    "keep_codes",
+    "keep_differences",
+    "magprune",
+    "untouched",
+]
 
 
 @lru_cache(maxsize=1)
@@ -30,6 +40,15 @@ def _declare(library: Any) -> None:
     library.dare_magprune.restype = size
     library.dare_gather.argtypes = [place, place, size, size, ctypes.c_int, place, place]
     library.dare_gather.restype = ctypes.c_double
+    number, factor = ctypes.c_int, ctypes.c_float
+    where = [word, word, size, size, size, size]
+    library.dare_keep_differences.argtypes = [
+        *where, number, place, number, place, factor, number, *[place] * 4,
+    ]  # fmt: skip
+    library.dare_keep_codes.argtypes = [
+        *where, number, place, place, word, word, size, factor, number, *[place] * 6,
+    ]  # fmt: skip
+    library.dare_keep_differences.restype = library.dare_keep_codes.restype = size
     library.dare_add_to.argtypes = [
         place, place, ctypes.c_int, place, size, size, ctypes.c_float, ctypes.c_float,
     ]  # fmt: skip
@@ -102,6 +121,67 @@ def gather(
         places.dtype == torch.int64, places.data_ptr(), kept.data_ptr(),
     )  # fmt: skip
     return float(total)
+
+
+def keep_differences(
+    where: Where,
+    base: torch.Tensor,
+    finetuned: torch.Tensor,
+    factor: float,
+    rows: tuple[int, int],
+    places: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[int, float, float]:
+    """What a blocked support keeps of some rows of fine-tune minus base, times `factor`.
+
+    Args:
+        base, finetuned: flat and contiguous, of dtypes that `compiled.can_use` knows.
+        rows: the first, and the one after the last.
+        places: int32 or int64, room for every slot: flat positions in the parameter.
+        values: float32, room for as many.
+
+    Returns:
+        How many they are, the sum of their magnitudes, and that of all differences' magnitudes.
+    """
+    column, sums = torch.empty(-(-where[2] // where[3]), dtype=torch.int64), (ctypes.c_double * 2)()
+    count = _library().dare_keep_differences(
+        *where, *rows, compiled.DTYPES[base.dtype], base.data_ptr(),
+        compiled.DTYPES[finetuned.dtype], finetuned.data_ptr(), factor,
+        places.dtype == torch.int64, places.data_ptr(), values.data_ptr(),
+        ctypes.addressof(sums), column.data_ptr(),
+    )  # fmt: skip
+    return int(count), sums[0], sums[1]
+
+
+def keep_codes(
+    where: Where,
+    bits: int,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    other: Where,
+    factor: float,
+    rows: tuple[int, int],
+    places: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[int, float]:
+    """What a blocked support keeps of some rows of packed survivors of another, times `factor`.
+
+    Args:
+        places, values: as :func:`keep_differences`, room for one more.
+
+    Returns:
+        How many they are, and the sum of their magnitudes.
+    """
+    columns, block = where[2], where[3]
+    slots, others = -(-columns // block), -(-columns // other[3])
+    column = torch.empty(slots + others, dtype=torch.int64)
+    change, total = torch.empty(slots + 8), ctypes.c_double()
+    count = _library().dare_keep_codes(
+        *where, *rows, bits, packed.data_ptr(), scales.data_ptr(), other[0], other[1], other[3],
+        factor, places.dtype == torch.int64, places.data_ptr(), values.data_ptr(),
+        ctypes.addressof(total), column.data_ptr(), column[slots:].data_ptr(), change.data_ptr(),
+    )  # fmt: skip
+    return int(count), total.value
 
 
 def can_fill(out: torch.Tensor) -> bool:

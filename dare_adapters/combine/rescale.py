@@ -8,7 +8,11 @@ from collections.abc import Callable
 import torch
 
 from dare_adapters.combine import loops
+from dare_adapters.combine.sparsify import DroppedAtRandom
+from dare_adapters.compiled_merge import KeptRows
 from dare_adapters.delta import Delta
+from dare_adapters.difference import ParameterDifference
+from dare_adapters.sparse_delta import SparseDelta
 
 __all__ = ["rescaled_to_l1"]
 
@@ -43,6 +47,12 @@ class _RescaledToL1(Delta):
         return self.pruned.support_key
 
     @property
+    def shows_damage(self) -> bool:
+        whole = self.delta
+        summed = isinstance(whole, ParameterDifference) and whole.damaged is not None
+        return summed or (whole.shows_damage and self.pruned.shows_damage)
+
+    @property
     def survivors(self) -> _Survivors:
         """What `pruned` keeps, and the factor that belongs to it."""
         with self._lock:
@@ -69,6 +79,9 @@ class _RescaledToL1(Delta):
         else:
             super().add_to(total, weight, start, stop)
 
+    def kept_rows(self, start: int, stop: int) -> KeptRows:
+        return self.survivors.kept(start * self.columns, stop * self.columns)
+
     def release(self) -> None:
         with self._lock:
             self._survivors = None
@@ -78,11 +91,42 @@ class _RescaledToL1(Delta):
         whole = kept = 0.0
         found = _Survivors(self.rows * self.columns, self.rows * self.entries_per_row)
         for start, stop in self.pruned.row_ranges():
-            index, values = self.pruned.read(start, stop)
-            kept += found.append(index, values, start * self.columns)
-            whole += self.delta.l1(start, stop)
+            sums = self._taken(found, start, stop)
+            if sums is None:
+                of_all = self.delta.l1(start, stop)
+                index, values = self.pruned.read(start, stop)
+                sums = found.append(index, values, start * self.columns), of_all
+            kept, whole = kept + sums[0], whole + sums[1]
         found.factor = whole / kept if kept > 0 else 1.0
         return found
+
+    def _taken(self, found: _Survivors, start: int, stop: int) -> tuple[float, float] | None:
+        """Take in some rows at once: Σ|kept| and Σ|all|; None: they have to be read first."""
+        pruned, delta, rows = self.pruned, self.delta, (start, stop)
+        if not isinstance(pruned, DroppedAtRandom) or pruned.blocked is None:
+            return None
+        support, factor = pruned.blocked
+        if not loops.available():
+            return None
+        if isinstance(delta, ParameterDifference) and delta.compiled:
+            places, values = found.room((stop - start) * support.slots_per_row)
+            count, sum_kept, sum_all = loops.keep_differences(
+                support.where, delta.base, delta.finetuned, factor, rows, places, values
+            )
+            delta.check_sum(sum_all)
+        elif isinstance(delta, SparseDelta) and delta.packed_support is not None:
+            own = delta.packed_support
+            slots = min(own.slots_per_row, support.slots_per_row)
+            places, values = found.room((stop - start) * slots + 1)
+            count, sum_kept = loops.keep_codes(
+                own.where, delta.bits, delta.values, delta.row_scales, support.where, factor, rows,
+                places, values,
+            )  # fmt: skip
+            sum_all = delta.l1(start, stop)
+        else:
+            return None
+        found.taken(count)
+        return sum_kept, sum_all
 
 
 class _Survivors:
@@ -107,13 +151,8 @@ class _Survivors:
         Returns:
             Σ|values|, of which one that comes twice counts once.
         """
-        stop = self._count + len(values)
-        if stop > len(self._values):
-            more = max(stop, len(self._values) * 3 // 2) - len(self._values)
-            self._places = torch.cat([self._places, self._places.new_empty(more)])
-            self._values = torch.cat([self._values, self._values.new_empty(more)])
-        places, kept = self._places[self._count : stop], self._values[self._count : stop]
-        self._count = stop
+        places, kept = self.room(len(values))
+        self.taken(len(values))
         if loops.available():
             return loops.gather(index, values.contiguous(), offset, places, kept)
         if index is None:
@@ -121,6 +160,19 @@ class _Survivors:
         places.copy_(index + offset)
         kept.copy_(values)
         return _sum_once(index, values)
+
+    def room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the next `count` positions and values belong."""
+        stop = self._count + count
+        if stop > len(self._values):
+            more = max(stop, len(self._values) * 3 // 2) - len(self._values)
+            self._places = torch.cat([self._places, self._places.new_empty(more)])
+            self._values = torch.cat([self._values, self._values.new_empty(more)])
+        return self._places[self._count : stop], self._values[self._count : stop]
+
+    def taken(self, count: int) -> None:
+        """So many were put there."""
+        self._count += count
 
     def between(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those at low … high - 1: int64 positions relative to `low`, and values."""
@@ -134,6 +186,11 @@ class _Survivors:
         loops.add_to(
             total, self._places[first:last], self._values[first:last], low, self.factor, weight
         )
+
+    def kept(self, low: int, high: int) -> KeptRows:
+        """Those at low … high - 1, as they lie here."""
+        first, last = self._bounds(low, high)
+        return KeptRows(self._places[first:last], self._values[first:last], self.factor)
 
     def _bounds(self, low: int, high: int) -> tuple[int, int]:
         ends = torch.tensor([low, high], dtype=self._places.dtype)

@@ -25,6 +25,7 @@ from dare_adapters.mask import (
 )
 
 __all__ = [
+    "DroppedAtRandom",
     "RandomMasks",
     "Sparsified",
     "densities",
@@ -126,6 +127,10 @@ class Sparsified(Delta):
         place = keep.nonzero().squeeze(1)
         return (place if index is None else index[place]), values[place]
 
+    @property
+    def shows_damage(self) -> bool:
+        return self.delta.shows_damage
+
     def preparations(self) -> list[Callable[[], object]]:
         return self.delta.preparations()
 
@@ -200,11 +205,21 @@ def keep_largest(
     return _KeptLargest(delta, density, find)
 
 
-class _DroppedAtRandom(Sparsified):
+class DroppedAtRandom(Sparsified):
+    """The entries of a delta that a random support keeps, times a factor."""
+
     def __init__(self, delta: Delta, support: Support, density: float, factor: float) -> None:
         super().__init__(delta)
         self.support, self.density, self.factor = support, density, factor
         self._whole = delta.entries_per_row >= delta.columns
+
+    @property
+    def blocked(self) -> tuple[BlockedSupport, float] | None:
+        """The support and the factor of what it keeps, where loops can draw it row by row."""
+        support = self.support
+        if isinstance(support, BlockedSupport) and support.repeatable:
+            return support, self.factor
+        return None
 
     @property
     def entries_per_row(self) -> int:
@@ -246,4 +261,4 @@ def drop_at_random(
     if 1 - density >= 1:  # nothing, or next to it
         return NoChange(delta.shape)
     support = masks.support(number, delta, density)
-    return _DroppedAtRandom(delta, support, density, 1 / density if rescale else 1.0)
+    return DroppedAtRandom(delta, support, density, 1 / density if rescale else 1.0)

@@ -8,6 +8,8 @@ import torch
 
 from dare_adapters import compiled
 from dare_adapters.combine import loops
+from dare_adapters.combine.consensus import DisjointMerge
+from dare_adapters.compiled_merge import merge_rows
 from dare_adapters.delta import Delta, WeightedDelta
 
 __all__ = ["Elementwise", "WeightedSum", "read_union"]
@@ -101,6 +103,22 @@ class Elementwise(Delta):
         merged = self.function(values)
         merged.view(torch.int32).bitwise_or_(signs)  # 0 there, which becomes -0
         return merged
+
+    def merged_onto(self, base: torch.Tensor, start: int, stop: int) -> torch.Tensor | None:
+        if not isinstance(self.function, DisjointMerge):
+            return None
+        kept = []
+        for delta in self.deltas:
+            own = delta.kept_rows(start, stop)
+            if own is None:
+                return None
+            kept.append(own)
+        offset, ones = start * self.columns, [1.0] * len(kept)
+        return merge_rows(base, kept, ones, offset, self.function.election)
+
+    @property
+    def shows_damage(self) -> bool:
+        return all(delta.shows_damage for delta in self.deltas)
 
     def preparations(self) -> list[Callable[[], object]]:
         return [one for delta in self.deltas for one in delta.preparations()]

@@ -34,14 +34,22 @@ def check_input(checkpoint: Checkpoint, name: str) -> None:
             )
 
 
-def refusing_damage(name: str) -> Callable[[torch.Tensor], None]:
+def refusing_damage(
+    name: str, look: Callable[[], None] | None = None
+) -> Callable[[torch.Tensor], None]:
     """A function that refuses parts of a tensor which hold NaN or infinity.
 
     It raises a CheckpointError.
+
+    Args:
+        name: of the tensor.
+        look: raises an error of its own that names the input which is damaged, if one is.
     """
 
     def check(part: torch.Tensor) -> None:
         if part.is_floating_point() and first_non_finite(part.reshape(-1)) is not None:
+            if look is not None:
+                look()
             raise CheckpointError(
                 f"{name} would hold NaN or infinity: a model that is merged is damaged, or the "
                 f"weights take it beyond {part.dtype}; nothing was written"

@@ -19,6 +19,7 @@ from dare_adapters.delta import Delta, DenseDelta, NewParameter, NoChange
 from dare_adapters.difference import ParameterDifference
 from dare_adapters.errors import AdapterFormatError, CheckpointMismatchError
 from dare_adapters.export import check_base_checkpoint
+from dare_adapters.merging.damage import check_input
 from dare_adapters.open_source import open_source
 from dare_adapters.source import DeltaSource
 
@@ -117,8 +118,12 @@ def _difference(base: MergeModel, base_name: str, other: Checkpoint, name: str) 
         base.checkpoint.release(base_name)
         other.release(name)
 
-    flat = (one.reshape(-1), two.reshape(-1))
-    return ParameterDifference(base_name, tuple(one.shape), *flat, release=release)
+    def damaged() -> None:
+        check_input(base.checkpoint, base_name)
+        check_input(other, name)
+
+    flat, shape = (one.reshape(-1), two.reshape(-1)), tuple(one.shape)
+    return ParameterDifference(base_name, shape, *flat, release=release, damaged=damaged)
 
 
 def open_model(

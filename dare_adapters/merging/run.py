@@ -55,7 +55,9 @@ class MergeRun:
         """One tensor to write."""
         shape, parts = self._made(planned)
         released = _then(parts, lambda: self._release(planned))
-        ahead = [*self.checks(planned), *self._ahead.pop(planned.name, [])]
+        ahead = self._ahead.pop(planned.name, None)
+        if ahead is None:
+            ahead = list(self.checks(planned))
         return OutputTensor(planned.name, planned.out_dtype, shape, released, ahead)
 
     def _made(self, planned: PlannedTensor) -> tuple[tuple[int, ...], Parts]:
@@ -74,9 +76,12 @@ class MergeRun:
         if get_method(planned.method).on_parameters:
             return shape, self._of_parameters(planned)
         delta = self.delta(planned)
-        self._ahead[planned.name] = delta.preparations()
         changes, dtype = [WeightedDelta(delta)], planned.out_dtype
-        check = refusing_damage(planned.name)
+        # What is wrong with a base shows in the sum, entry for entry.
+        shows = delta.shows_damage and planned.base is not None and aligned is None
+        looked_at = [] if shows else list(self.checks(planned))
+        self._ahead[planned.name] = [*looked_at, *delta.preparations()]
+        check = refusing_damage(planned.name, self._look_again(planned) if shows else None)
         if planned.base is None:
             return shape, _only(delta, dtype, check)
         if aligned is not None:
@@ -165,10 +170,21 @@ class MergeRun:
 
     def checks(self, planned: PlannedTensor) -> Iterator[Callable[[], object]]:
         """Each input's numbers looked at: a method that trims or votes would lose a NaN in them."""
-        for place in dict.fromkeys((*planned.inputs, *([planned.base] if planned.base else []))):
+        seen = set()  # adapters have one checkpoint
+        for place in (*planned.inputs, *([planned.base] if planned.base else [])):
             checkpoint = self.models[place.model].checkpoint
-            if place.name in checkpoint:
+            if place.name in checkpoint and (checkpoint.path, place.name) not in seen:
+                seen.add((checkpoint.path, place.name))
                 yield partial(check_input, checkpoint, place.name)
+
+    def _look_again(self, planned: PlannedTensor) -> Callable[[], None]:
+        """What names the input that is damaged, where one is."""
+
+        def look() -> None:
+            for check in self.checks(planned):
+                check()
+
+        return look
 
     def _release(self, planned: PlannedTensor) -> None:
         if planned.name in self.aligned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import dare_adapters
 from dare_adapters.errors import (
     AdapterExistsError,
+    CheckpointError,
     DareError,
     RecipeError,
 )
@@ -193,15 +195,37 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
     ids=["missing", "shape", "nan", "infinity", "nan in the head", "nan in the embedding"],
 )
 @pytest.mark.parametrize("as_adapter", [False, True])
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
 def test_what_does_not_fit_is_named_and_nothing_is_left(
-    pack: Pack, tmp_path: Path, change: Any, said: str, as_adapter: bool
+    pack: Pack, tmp_path: Path, change: Any, said: str, method: str, as_adapter: bool
 ):
     models = {pack.finetuned["b"]: 1.0, damaged(pack, tmp_path / "damaged", change): 1.0}
     with pytest.raises(DareError, match=said.replace(".", r"\.")):
         dare_adapters.merge(
-            recipe(pack, "ties", models, density=0.5), tmp_path / "out", as_adapter=as_adapter
+            recipe(pack, method, models, density=0.5), tmp_path / "out", as_adapter=as_adapter
         )
     assert os.listdir(tmp_path) == ["damaged"]
+
+
+@pytest.mark.parametrize("which", ["base", "fine-tune"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties", "della"])
+def test_a_number_that_is_none_is_named_with_its_model_and_place(
+    pack: Pack, tmp_path: Path, which: str, method: str
+):
+    bad = tmp_path / "broken"
+    shutil.copytree(pack.base if which == "base" else pack.finetuned["a"], bad)
+    tensors = {name: tensor.clone() for name, tensor in read_checkpoint(bad).items()}
+    tensors[GATE][5, 3] = float("-inf")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    models = {pack.finetuned["b"]: 1.0, pack.finetuned["a"] if which == "base" else bad: 0.5}
+    own = {"della": {"epsilon": 0.05, "density": 0.1}, "task_arithmetic": {}}
+    made = recipe(pack, method, models, **own.get(method, {"density": 0.1}))
+    if which == "base":
+        made["base_model"] = str(bad)
+    place = 5 * tensors[GATE].shape[1] + 3
+    with pytest.raises(CheckpointError, match=rf"broken: {GATE} holds -inf at entry {place}"):
+        dare_adapters.merge(made, tmp_path / "out", progress=False)
+    assert os.listdir(tmp_path) == ["broken"]
 
 
 def test_another_architecture_is_refused(pack: Pack, tmp_path: Path):
