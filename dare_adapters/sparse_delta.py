@@ -115,7 +115,7 @@ class SparseDelta(Delta):
 
     @property
     def kept_entries(self) -> int:
-        return 0 if self._packed_support is None else self.rows * self.support.slots_per_row
+        return 0 if self.packed_support is None else self.rows * self.support.slots_per_row
 
     def restore_compiled(
         self, target: MatrixView, originals: torch.Tensor, start: int, stop: int
