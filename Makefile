@@ -27,6 +27,7 @@ demo: setup ## the main job, shown on two real fine-tunes; results in demo-out/
 GLUE := glue-out
 MINILM := $(GLUE)/all-MiniLM-L6-v2
 EVAL := $(BIN)/dare-eval
+LATER_METHODS := breadcrumbs,breadcrumbs_ties,magnitude_prune,della,della_linear,sce,slerp,nuslerp,karcher,model_stock,widen
 ON_GLUE := $(if $(DATA),--data-dir $(DATA)) --records $(GLUE)/records
 glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DIR offline; two hours
 	mkdir -p $(GLUE)
@@ -43,6 +44,7 @@ glue: setup ## the README's GLUE tables, all-MiniLM-L6-v2 trained first; DATA=DI
 		$(EVAL) glue fidelity $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks $$rows --point 16:0.9,0.96875 --point 4:0.75,0.9375,0.975 --point 1:0,0.75,0.9,0.96875 || exit 1; \
 	done
 	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks cola,sst2,mrpc,stsb,rte --eval-rows 256 --selection-rows 64 --drop-rates 0.9
+	$(EVAL) glue merge $(MINILM) $(GLUE)/finetuned $(ON_GLUE) --tasks cola,sst2,mrpc --sizes 2 --eval-rows 256 --selection-rows 64 --drop-rates 0.9 --methods $(LATER_METHODS)
 	$(EVAL) report $(GLUE)/records --out $(GLUE)/report
 
 encoder: setup ## MiniLM on SST-2, five mask seeds; ARGS="--data-dir DIR --finetuned DIR"
