@@ -6,19 +6,16 @@ says otherwise. The kernel keeps the file in its cache all the same.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import sys
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-__all__ = ["MappedFile"]
+from dare_adapters.memory_advice import NOT_NEEDED, advise
 
-_DONTNEED = 4
+__all__ = ["MappedFile"]
 
 
 class MappedFile:
@@ -53,7 +50,7 @@ class MappedFile:
             if found is None:
                 return
             self._start, self._stop = found
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+        advise(first, last - first, NOT_NEEDED)
 
 
 def _mapping_around(first: int, last: int, file: Path) -> tuple[int, int] | None:
@@ -71,8 +68,3 @@ def _mapping_around(first: int, last: int, file: Path) -> tuple[int, int] | None
             return (start, stop) if path == name else None
         found = text.find(name, line_end)
     return None
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    return ctypes.CDLL(None)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
-from functools import lru_cache
-from typing import Any
 
 import torch
+
+from dare_adapters.memory_advice import LARGE_PAGES, advise
 
 __all__ = ["MemoryBlock"]
 
 _LARGE_PAGE = 1 << 21
-_HUGEPAGE = 14  # MADV_HUGEPAGE
 _ALIGNMENT = 64
 
 
@@ -36,7 +33,11 @@ class MemoryBlock:
             return
         self._bytes = torch.empty(nbytes + _LARGE_PAGE, dtype=torch.uint8)
         self._used = -self._bytes.data_ptr() % _LARGE_PAGE
-        _ask_for_large_pages(self._bytes[self._used :])
+        advise(
+            self._bytes.data_ptr() + self._used,
+            (self._bytes.numel() - self._used) // _LARGE_PAGE * _LARGE_PAGE,
+            LARGE_PAGES,
+        )
 
     def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor (count,) of the block; where that is full, one of its own."""
@@ -47,17 +48,3 @@ class MemoryBlock:
                 return torch.empty(count, dtype=dtype)
             self._used = -(-(first + nbytes) // _ALIGNMENT) * _ALIGNMENT
         return self._bytes[first : first + nbytes].view(dtype)
-
-
-def _ask_for_large_pages(memory: torch.Tensor) -> None:
-    """Of whole ones only; a kernel that has none says so, and small ones come as ever."""
-    size = memory.numel() // _LARGE_PAGE * _LARGE_PAGE
-    if sys.platform.startswith("linux") and size:
-        _libc().madvise(
-            ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(size), ctypes.c_int(_HUGEPAGE)
-        )
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    return ctypes.CDLL(None)

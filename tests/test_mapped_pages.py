@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dare_adapters import mapped_pages
+from dare_adapters import mapped_pages, memory_advice
 from dare_adapters.mapped_pages import MappedFile
 
 MIB = 1 << 20
@@ -194,6 +194,6 @@ def test_other_systems_are_left_alone(
     file: Path, mapped: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(mapped_pages.sys, "platform", "darwin")
-    monkeypatch.setattr(mapped_pages, "_libc", lambda: pytest.fail("it called the system"))
+    monkeypatch.setattr(memory_advice, "_libc", lambda: pytest.fail("it called the system"))
     release_pages(mapped, file)
     assert torch.equal(mapped, values(8 * MIB))

@@ -38,27 +38,35 @@ class GrownVocabulary:
     """The words of each slot of a batch.
 
     Args:
-        layer: an embedding or a head.
-        adapters: the adapter of each slot.
+        added: what adapters add.
+        of_base: how many words the base has.
+        ends: how many each slot has.
         device: of the layer.
     """
 
-    def __init__(self, layer: DareLayer, adapters: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, added: Sequence[AddedRows], of_base: int, ends: Sequence[int], device: torch.device
+    ) -> None:
+        self._added, self._of_base, self._widest = added, of_base, max(ends)
+        # The last one is the base's: it is what slot -1 finds.
+        self._ends = torch.tensor([*ends, of_base], device=device)
+
+    @classmethod
+    def under(
+        cls, layer: DareLayer, adapters: Sequence[str], device: torch.device
+    ) -> GrownVocabulary | None:
+        """That of a layer, with the adapter of each slot; None: none of them adds a row."""
         holder, local = layer.holder("weight")
-        self.added = [
+        added = [
             AddedRows(slot, one.held.shape[0], holder.parts(one, name)["rows"].to(device))
             for slot, name in enumerate(adapters)
             for one in holder.dare_stored.get(name, ())
             if one.placement.local == local and one.held.added_rows
         ]
-        self._of_base = layer.rows_before("weight")
+        if not added:
+            return None
         ends = [layer.rows_under("weight", [name]) for name in adapters]
-        # The last one is the base's: it is what slot -1 finds.
-        self._ends = torch.tensor([*ends, self._of_base], device=device)
-        self._widest = max(ends, default=self._of_base)
-
-    def __bool__(self) -> bool:
-        return bool(self.added)
+        return cls(added, layer.rows_before("weight"), ends, device)
 
     def of_base(self, words: torch.Tensor) -> torch.Tensor:
         """Words that the base can look up; another stands for one that it lacks."""
@@ -73,7 +81,7 @@ class GrownVocabulary:
             token_slot: int64 (tokens,); -1 for none.
         """
         found[words >= self._ends[token_slot]] = 0
-        for one in self.added:
+        for one in self._added:
             last = one.first + len(one.rows)
             here = (token_slot == one.slot) & (words >= one.first) & (words < last)
             place = here.nonzero().squeeze(1)
@@ -89,7 +97,7 @@ class GrownVocabulary:
         """
         wide = made.new_full((len(made), max(self._widest, made.shape[1])), -torch.inf)
         wide[:, : made.shape[1]] = made
-        for one in self.added:
+        for one in self._added:
             place = (token_slot == one.slot).nonzero().squeeze(1)
             own = x[place].to(torch.float32) @ one.rows.to(torch.float32).T
             wide[place, one.first : one.first + len(one.rows)] = own.to(made.dtype)

@@ -69,18 +69,16 @@ def forward_with_deltas(
         args, kwargs: of the forward.
     """
     x = args[0] if args else next(iter(kwargs.values()))
-    kind = _kind(layer.owner)
-    if kind not in ("embedding", "linear") or "weight" not in layer.changed_by(adapters):
+    vocabulary = GrownVocabulary.under(layer, adapters, x.device)
+    if vocabulary is None:
         return _added(layer, adapters, slots, x, layer.base_layer(*args, **kwargs))
-    vocabulary = GrownVocabulary(layer, adapters, x.device)
-    if not vocabulary:
-        return _added(layer, adapters, slots, x, layer.base_layer(*args, **kwargs))
-    token_slot = _token_slots(slots, x if kind == "embedding" else x[..., 0])
-    if kind == "embedding":
+    if _kind(layer.owner) == "embedding":
+        token_slot = _token_slots(slots, x)
         made = _added(layer, adapters, slots, x, layer.base_layer(vocabulary.of_base(x)))
         flat = made.reshape(-1, made.shape[-1])
         vocabulary.read(flat, x.reshape(-1), token_slot)
         return flat.view(made.shape)
+    token_slot = _token_slots(slots, x[..., 0])
     made = _added(layer, adapters, slots, x, layer.base_layer(x))
     wide = vocabulary.answer(made.reshape(-1, made.shape[-1]), _matrix(x), token_slot)
     return wide.view(*made.shape[:-1], -1)
